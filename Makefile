@@ -1,0 +1,46 @@
+# make test | demo | check, on a fresh clone. The virtual environment is made once and again when what it depends on changes.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first interpreter new enough for the development environment: the packages run on 3.10, diffusers 0.42 needs 3.11.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+STAMP := $(VENV)/anyflow.stamp
+EXTENSION_SOURCES := $(wildcard csrc/*)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+EXTRAS := diffusers,lora,video,bench,dev
+PUBLIC := anyflow_kernels anyflow_runtime
+CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
+
+.PHONY: demo test check format cuda-check clean
+
+demo: $(STAMP)
+	$(PY) -m bench.demo
+
+test: $(STAMP)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(STAMP) cuda-check
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy $(addprefix -p ,$(PUBLIC))
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+cuda-check: $(STAMP)
+	scripts/check_cuda.sh $(PY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info anyflow_kernels/_C*.so
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer (diffusers 0.42 does); name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the extension is compiled against it (--no-build-isolation).
+$(STAMP): pyproject.toml constraints.txt setup.py $(EXTENSION_SOURCES) | $(PY)
+	$(PIP) torch setuptools wheel ninja
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@

@@ -1,0 +1,143 @@
+"""The `torch` backend: as fast as PyTorch and the C++ extension allow, on any device, with autograd throughout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .far_layout import AttentionPlan, KeyRanges
+from .operations import FrameMap
+from .patch_embed import patch_embed, unpatchify
+from .reference import dual_timestep_embedding, flow_map_step, widen
+
+__all__ = [
+    "dual_timestep_embedding",
+    "far_attention",
+    "flow_map_step",
+    "gated_residual_layer_norm",
+    "linear_gelu",
+    "patch_embed",
+    "qk_norm_rope_append",
+    "rms_norm",
+    "unpatchify",
+]
+
+
+def far_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One SDPA call per run of queries, on a view of its keys where they are contiguous, else on their
+    concatenation.
+    """
+    outs, lses = [], []
+    for q_start, q_end, keys in plan.ranges:
+        own_k, own_v = (_select(x, keys, plan.phantom_keys) for x in (k, v))
+        out, lse = _attend(q[:, q_start:q_end], own_k, own_v, scale, return_lse)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        outs, lses = [torch.empty_like(q)], [q.new_empty(q.shape[0], q.shape[2], 0, dtype=torch.float32)]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return (out, torch.cat(lses, dim=2)) if return_lse else out
+
+
+def _select(x: Tensor, keys: KeyRanges, phantom_keys: int) -> Tensor:
+    parts = [x[:, start:end] for start, end in keys]
+    if phantom_keys:  # the parity mode pays for its zero rows; they are differentiable this way
+        parts.append(x.new_zeros(x.shape[0], phantom_keys, *x.shape[2:]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """Dense attention on (B, L, H, d). The LSE, (B, H, Lq) fp32, is empty unless needed."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not need_lse:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return out.transpose(1, 2), q.new_empty(0, dtype=torch.float32)
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out.transpose(1, 2), lse.detach().float()
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
+    out = torch.matmul(scores.softmax(dim=-1).to(v.dtype), v)
+    return out.transpose(1, 2), scores.logsumexp(dim=-1).detach()
+
+
+def gated_residual_layer_norm(
+    x: Tensor,
+    frame_map: FrameMap,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    if branch is not None and gate is None:
+        x = x + branch
+    elif branch is not None and gate is not None:
+        runs = zip(_runs(x, frame_map), _runs(branch, frame_map), _rows(gate, frame_map), strict=True)
+        x = _join([torch.addcmul(widen(x), widen(b), g).to(x.dtype) for x, b, g in runs])
+    y = F.layer_norm(widen(x), x.shape[-1:], weight, bias, eps)
+    if shift is not None and scale is not None:
+        modulation = zip(_runs(y, frame_map), _rows(shift, frame_map), _rows(scale, frame_map), strict=True)
+        y = _join([torch.addcmul(shift, y, scale + 1).to(x.dtype) for y, shift, scale in modulation])
+    return x, y.to(x.dtype)
+
+
+def _runs(x: Tensor, frame_map: FrameMap) -> list[Tensor]:
+    """(B, L, D) as one (B, frames, tokens, D) view per run, so that a frame's row broadcasts without being repeated."""
+    lengths = [frames * tokens for frames, tokens in frame_map]
+    parts = x.split(lengths, dim=1)
+    return [part.unflatten(1, run) for part, run in zip(parts, frame_map, strict=True)]
+
+
+def _rows(rows: Tensor, frame_map: FrameMap) -> list[Tensor]:
+    """(B, F, D) as one (B, frames, 1, D) view per run."""
+    return [part.unsqueeze(2) for part in rows.split([frames for frames, _ in frame_map], dim=1)]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """The inverse of `_runs`."""
+    flat = [part.flatten(1, 2) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(widen(x), x.shape[-1:], widen(weight), eps).to(x.dtype)
+
+
+def qk_norm_rope_append(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: tuple[Tensor, Tensor],
+    heads: int,
+    eps: float,
+    k_cache: Tensor | None,
+    v_cache: Tensor | None,
+    offset: int,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The rotation is one complex multiplication; a slab is written once, in place."""
+    rotation = torch.complex(*rope).unsqueeze(1)  # (L, 1, d/2)
+
+    def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
+        x = F.rms_norm(widen(x), x.shape[-1:], widen(weight), eps)
+        pairs = torch.view_as_complex(x.unflatten(-1, (heads, -1, 2)))  # (B, L, H, d/2)
+        return torch.view_as_real(pairs * rotation).flatten(-2)
+
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, k, v = norm_rope(q, q_weight).to(qkv.dtype), norm_rope(k, k_weight), v.unflatten(-1, (heads, -1))
+    if k_cache is None or v_cache is None:
+        return q, k.to(qkv.dtype), v
+    k_cache[:, offset : offset + k.shape[1]] = k
+    v_cache[:, offset : offset + v.shape[1]] = v
+    return q
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    hidden = F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return F.gelu(hidden, approximate="tanh")
+    return torch.ops.aten.gelu_(hidden, approximate="tanh")

@@ -1,0 +1,127 @@
+"""`accelerate(pipe)`: a diffusers AnyFlow pipeline, the same object with the same weights, on our kernels.
+
+The transformer and its blocks keep their parameters, hooks, adapters and names; only their class changes, to one that
+is diffusers' and ours at once and takes `forward` from ours. So LoRA, offloading, `.to()`, saving and every feature
+of the pipeline go on working, and `restore` has nothing to copy back.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from .models.base import AnyFlowModel
+from .models.blocks import AnyFlowTransformerBlock
+
+Pipeline = TypeVar("Pipeline")
+_OURS: dict[str, type[AnyFlowModel]] = {
+    "AnyFlowTransformer3DModel": AnyFlowTransformer3DModel,
+    "AnyFlowFARTransformer3DModel": AnyFlowFARTransformer3DModel,
+}
+_MERGED: dict[tuple[type, type], type] = {}
+_RUNTIME_STATE = ("ops", "phantom_padding", "_rotary")
+
+
+def accelerate(
+    pipe: Pipeline,
+    *,
+    match_diffusers_padding: bool = False,
+    compile: bool | dict[str, Any] | None = None,
+    backend: str = "auto",
+) -> Pipeline:
+    """Run a diffusers AnyFlow pipeline or transformer on our kernels.
+
+    Weights are shared, not copied: q, k and v of each self-attention move into one storage of which the original
+        parameters
+    become views. Calling it again changes the options.
+
+    Args:
+        pipe: an `AnyFlowPipeline`, an `AnyFlowFARPipeline`, or one of their transformers (diffusers >= 0.42).
+        match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference adds to every softmax, for
+            comparing with it number by number; off, the softmax is the correct one.
+        compile: True, or keywords of `torch.compile`, to compile each transformer block.
+        backend: see `anyflow_kernels.load_ops`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError: if it is neither, or the transformer is wrapped (`torch.compile`) or hooked in a way that hides it.
+        RuntimeError: if the backend cannot run here.
+    """
+    transformer = _transformer_of(pipe)
+    if not isinstance(transformer, AnyFlowModel):
+        _adopt(transformer)
+    transformer._init_runtime(backend, match_diffusers_padding)
+    for block in transformer.blocks:
+        vars(block).pop("_compiled_call_impl", None)
+        if compile:
+            block.compile(**({} if compile is True else compile))
+    return pipe
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo `accelerate`: the same object runs diffusers' code again. A pipeline that is not accelerated stays as it is.
+
+    Raises:
+        TypeError: if it is no AnyFlow pipeline or transformer.
+    """
+    transformer = _transformer_of(pipe)
+    if isinstance(transformer, AnyFlowModel) and type(transformer) not in _OURS.values():
+        for module in (transformer, *transformer.blocks):
+            vars(module).pop("_compiled_call_impl", None)
+            _change_class(module, type(module).__bases__[0])
+        for name in _RUNTIME_STATE:
+            delattr(transformer, name)
+    return pipe
+
+
+def _transformer_of(pipe: Any) -> Any:
+    transformer = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+    if hasattr(transformer, "_orig_mod"):
+        raise TypeError("pipe: the transformer is wrapped by torch.compile; accelerate first, with compile=True")
+    if type(transformer).__name__ not in _OURS:
+        raise TypeError(
+            f"pipe: got {type(pipe).__name__} with transformer {type(transformer).__name__}, expected a diffusers "
+            f"AnyFlowPipeline, AnyFlowFARPipeline or one of {sorted(_OURS)}"
+        )
+    return transformer
+
+
+def _adopt(transformer: Any) -> None:
+    for module in transformer.modules():
+        if hasattr(module, "_diffusers_hook") and "forward" in vars(module):
+            raise TypeError(
+                "pipe: the transformer has diffusers hooks (group offload, caching); accelerate before that"
+            )
+    for block in transformer.blocks:
+        _change_class(block, _merged(type(block), AnyFlowTransformerBlock))
+    _change_class(transformer, _merged(type(transformer), _OURS[type(transformer).__name__]))
+
+
+def _merged(theirs: Any, ours: Any) -> type:
+    """A class that is both: everything from diffusers' but `forward` and what only ours has."""
+    if (theirs, ours) not in _MERGED:
+        _MERGED[theirs, ours] = _merge(theirs, ours)
+    return _MERGED[theirs, ours]
+
+
+def _merge(theirs: Any, ours: Any) -> type:
+    namespace: dict[str, Any] = {"forward": ours.forward, "__module__": theirs.__module__, "__doc__": theirs.__doc__}
+    if issubclass(ours, AnyFlowModel):
+        from diffusers.utils import apply_lora_scale
+
+        namespace["forward"] = apply_lora_scale("attention_kwargs")(ours.forward)
+        namespace["from_config"] = classmethod(theirs.from_config.__func__)
+        if hasattr(ours, "build_attention_mask"):
+            namespace["build_attention_mask"] = ours.build_attention_mask
+    return type(theirs.__name__, (theirs, ours), namespace)
+
+
+def _change_class(module: Any, new: Any) -> None:
+    module.__class__ = new
+    if "_old_forward" in vars(module):  # an accelerate hook calls the forward it found when it was attached
+        module._old_forward = types.MethodType(new.forward, module)

@@ -1,0 +1,185 @@
+"""What the bidirectional and the FAR model share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from anyflow_kernels import load_ops
+
+from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
+from .conditioning import ConditionEmbedder, FP32LayerNorm
+from .config import ModelConfig
+from .loading import CheckpointMixin
+from .parameters import onloaded
+from .rotary import RotaryTables
+
+FrameMap = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class TransformerOutput:
+    """The predicted average velocity, (B, F, C, H, W). Also indexable like a tuple."""
+
+    sample: Tensor
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, index) if isinstance(index, str) else (self.sample,)[index]
+
+
+class AnyFlowModel(CheckpointMixin, nn.Module):
+    """Parameters, runtime state and shared steps of both AnyFlow models.
+
+    Runtime state (the kernels, the rotary tables, `phantom_padding`) is no part of the config or the state dict.
+    """
+
+    keep_in_fp32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    config: Any
+    # Modules are Any: their parameters are used directly, and `accelerate` puts diffusers' modules in their place.
+    patch_embedding: Any
+    condition_embedder: Any
+    blocks: Any
+    norm_out: Any
+    proj_out: Any
+
+    def _build(self, config: ModelConfig) -> None:
+        for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "ffn_dim", "text_dim"):
+            if config[name] < 1:
+                raise ValueError(f"{name}: got {config[name]}, expected >= 1")
+        if config.freq_dim % 2:
+            raise ValueError(f"freq_dim: got {config.freq_dim}, expected an even number")
+        object.__setattr__(self, "config", config)
+        dim = config.num_attention_heads * config.attention_head_dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.condition_embedder = ConditionEmbedder(
+            dim, config.freq_dim, config.text_dim, config.image_dim, config.gate_value, config.deltatime_type
+        )
+        self.blocks = nn.ModuleList(
+            AnyFlowTransformerBlock(dim, config.ffn_dim, config.num_attention_heads, config.cross_attn_norm, config.eps)
+            for _ in range(config.num_layers)
+        )
+        self.norm_out = FP32LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, (config.out_channels or config.in_channels) * math.prod(config.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def _init_runtime(self, backend: str, phantom_padding: bool = False) -> None:
+        """State that does not belong to the weights; `accelerate` calls this on a diffusers module it has adopted."""
+        self.ops = load_ops(backend)
+        self.phantom_padding = phantom_padding
+        self.gradient_checkpointing = getattr(self, "gradient_checkpointing", False)
+        self._rotary = RotaryTables(
+            self.config.attention_head_dim, self.config.patch_size, self.config.get("compressed_patch_size")
+        )
+        self.fuse_projections()
+
+    def set_backend(self, backend: str) -> None:
+        """Run on another backend from the next forward on; see `anyflow_kernels.load_ops`."""
+        self.ops = load_ops(backend)
+
+    def fuse_projections(self) -> None:
+        """Give each block's q, k and v one storage, so that they are one GEMM. Parameters stay what and where they
+        are.
+        """
+        for block in self.blocks:
+            block.fuse_projections()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnyFlowModel:
+        super()._apply(fn, recurse)
+        self.fuse_projections()  # `.to()` moves each parameter to a storage of its own
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: that of the patch embedding."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in backward instead of keeping its activations."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for backward."""
+        self.gradient_checkpointing = False
+
+    def _patchify(self, module: Any, latents: Tensor, out: Tensor | None = None, offset: int = 0) -> Tensor:
+        """Tokens of latents (B, F, C, H, W) by a patch embedding, into a slab if given."""
+        with onloaded(module):
+            return self.ops.patch_embed(latents, module.weight, module.bias, tuple(module.kernel_size), out, offset)
+
+    def _run_blocks(self, x: Tensor, inputs: BlockInputs, keys_only: bool = False) -> Pending:
+        """All blocks; with `keys_only` the last one stops once its keys and values are cached."""
+        if torch.is_grad_enabled():
+            inputs.prompt.tokens()  # outside any checkpointed block, which must not create what its recomputation finds
+        tables = [block.scale_shift_table for block in self.blocks]
+        if not any(table.is_meta for table in tables):  # a table that is offloaded is only there inside its block
+            inputs.modulation = torch.stack(tables).unsqueeze(1) + inputs.times
+        pending: Pending = (x, None, None)
+        for layer, block in enumerate(self.blocks):
+            last = keys_only and layer == len(self.blocks) - 1
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                pending = checkpoint(block, *pending, inputs, layer, last, use_reentrant=False)
+            else:
+                pending = block(*pending, inputs, layer, last)
+        return pending
+
+    def _head(self, pending: Pending, rt: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Tokens of `grid` = (frames, rows, columns) to the velocity, (B, frames, C, rows*ph, columns*pw).
+
+        `rt` is (B, frames, D). Any leading or trailing tokens of the sequence have been cut off by the caller.
+        """
+        shift, scale = (self.scale_shift_table.unsqueeze(1) + rt.unsqueeze(2)).unbind(2)
+        frame_map = ((grid[0], grid[1] * grid[2]),)
+        _, y = self.ops.gated_residual_layer_norm(
+            pending[0], frame_map, pending[1], pending[2], shift, scale, eps=self.norm_out.eps
+        )
+        channels = self.config.out_channels or self.config.in_channels
+        return self.ops.unpatchify(self.proj_out(y), grid, tuple(self.config.patch_size), channels)
+
+
+def check_video(
+    config: Any, hidden_states: Tensor, timestep: Tensor, r_timestep: Tensor, encoder_hidden_states: Tensor
+) -> None:
+    """Raise ValueError, naming the argument, if the inputs of a forward cannot belong together."""
+
+    def expect(condition: bool, name: str, got: object, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}: got {got}, expected {expected}")
+
+    shape = tuple(hidden_states.shape)
+    expect(
+        len(shape) == 5 and shape[2] == config.in_channels,
+        "hidden_states",
+        shape,
+        f"(B, F, {config.in_channels}, H, W)",
+    )
+    expect(
+        shape[3] >= config.patch_size[1] and shape[4] >= config.patch_size[2],
+        "hidden_states",
+        shape,
+        f"H and W of at least one patch {tuple(config.patch_size)}",
+    )
+    for name, time in (("timestep", timestep), ("r_timestep", r_timestep)):
+        expect(time.ndim == 2 and time.shape[0] == shape[0], name, tuple(time.shape), f"(B={shape[0]}, F)")
+    expect(
+        r_timestep.shape == timestep.shape,
+        "r_timestep",
+        tuple(r_timestep.shape),
+        f"that of timestep {tuple(timestep.shape)}",
+    )
+    text = tuple(encoder_hidden_states.shape)
+    expect(
+        len(text) == 3 and text[0] == shape[0] and text[2] == config.text_dim,
+        "encoder_hidden_states",
+        text,
+        f"(B={shape[0]}, S, {config.text_dim})",
+    )

@@ -1,0 +1,69 @@
+"""Model configurations: what stands in a diffusers `config.json`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ModelConfig(dict[str, Any]):
+    """The constructor keywords of a model, as attributes and as items; read-only."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config has no entry {name!r}") from None
+
+    def _read_only(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a model's config cannot change after construction")
+
+    __setattr__ = __setitem__ = __delitem__ = __delattr__ = _read_only
+    pop = popitem = clear = update = setdefault = _read_only  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModelConfig, (dict(self),)
+
+
+def constructor_keywords(model_class: type, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor keywords in a config, overrides applied.
+
+    Args:
+        model_class: the class whose constructor will take them.
+        config: a `config.json`; entries that start with an underscore are bookkeeping.
+        overrides: keywords that take precedence.
+
+    Raises:
+        ValueError: if the config was written for another class, or has an entry the constructor does not know.
+    """
+    written_for = config.get("_class_name", model_class.__name__)
+    if written_for != model_class.__name__:
+        raise ValueError(f"config: got one of class {written_for}, expected {model_class.__name__}")
+    known = [name for name in inspect.signature(model_class).parameters if name != "self"]
+    keywords = {name: value for name, value in config.items() if not name.startswith("_")} | dict(overrides)
+    unknown = sorted(set(keywords) - set(known))
+    if unknown:
+        raise ValueError(f"config: got unknown entries {unknown}, expected some of {known}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in keywords.items()}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a model directory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {directory}: expected a model directory in diffusers' format")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a JSON {type(config).__name__}, expected an object")
+    return config

@@ -1,0 +1,359 @@
+"""The causal AnyFlow model (FAR): video chunk by chunk, older chunks as compressed context.
+
+Source: FAR (arXiv 2503.19325) and AnyFlow (arXiv 2605.13724) on the Wan2.1 backbone; constructor, parameters and
+    forward of
+diffusers' `AnyFlowFARTransformer3DModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anyflow_kernels import AttentionPlan, FarLayout, Segment
+from anyflow_kernels.patch_embed import warm_start_compressed_weight
+
+from ..cache import Context, FarCache, adopt_reference_cache
+from .base import AnyFlowModel, TransformerOutput, check_video
+from .blocks import BlockInputs
+from .conditioning import PromptKeys, embed_times
+from .config import ModelConfig
+
+PHANTOM_BLOCK = 128  # the reference pads inference queries and keys with zeros to this multiple
+
+
+@dataclass
+class AnyFlowFARTransformerOutput(TransformerOutput):
+    """The velocity of the newest chunk, None after a cache step, and the cache. Also indexable like a tuple."""
+
+    sample: Tensor | None  # type: ignore[assignment]
+    kv_cache: Any = None
+
+    def __getitem__(self, index: int | str) -> Any:
+        return getattr(self, index) if isinstance(index, str) else (self.sample, self.kv_cache)[index]
+
+
+class AnyFlowFARTransformer3DModel(AnyFlowModel):
+    """Predicts the average velocity of the newest chunk, or, in training, of all full-resolution chunks.
+
+    Args:
+        patch_size, compressed_patch_size: (1, rows, columns) of a full and of a compressed token.
+        full_chunk_limit: chunks at full resolution, the newest included.
+        chunk_partition: the pipeline's default frames per chunk.
+        phantom_padding: reproduce the zero keys that diffusers' inference path lets into the softmax by padding to a
+            multiple of 128; off, the softmax is the correct one.
+        Others: as `AnyFlowTransformer3DModel`.
+
+    Raises:
+        ValueError: on values that cannot make a model.
+    """
+
+    def __init__(
+        self,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        compressed_patch_size: tuple[int, int, int] = (1, 4, 4),
+        full_chunk_limit: int = 3,
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        gate_value: float = 0.25,
+        deltatime_type: str = "r",
+        chunk_partition: tuple[int, ...] = (1, 3, 3, 3, 3, 3, 3, 2),
+        backend: str = "auto",
+        phantom_padding: bool = False,
+    ) -> None:
+        excluded = ("self", "backend", "phantom_padding", "__class__")
+        keywords = {k: v for k, v in locals().items() if k not in excluded}
+        nn.Module.__init__(self)
+        self._build(ModelConfig(keywords))
+        full, patch = self.patch_embedding, compressed_patch_size
+        self.far_patch_embedding = nn.Conv3d(full.in_channels, full.out_channels, patch, patch)
+        with torch.no_grad():
+            self.far_patch_embedding.weight.copy_(warm_start_compressed_weight(full.weight, patch))
+            self.far_patch_embedding.bias.copy_(full.bias)  # type: ignore[union-attr]
+        self._init_runtime(backend, phantom_padding)
+
+    def layout(
+        self,
+        mode: str,
+        chunk_partition: Sequence[int],
+        height: int,
+        width: int,
+        clean: bool = False,
+        cached: int = 0,
+    ) -> FarLayout:
+        """The token sequence of these chunks under this model's config; see `FarLayout`."""
+        config = self.config
+        sizes = (tuple(config.patch_size), tuple(config.compressed_patch_size), config.full_chunk_limit)
+        return FarLayout(tuple(chunk_partition), height, width, *sizes, mode, clean, cached)
+
+    def rotary(self, segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of the segments' tokens, in float64 for a float64 model, else fp32."""
+        return self._rotary(segments, device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+
+    def build_attention_mask(
+        self,
+        *,
+        chunk_partition: Sequence[int],
+        height: int,
+        width: int,
+        has_clean_context: bool = False,
+        device: torch.device | None = None,
+        mode: str = "train",
+    ) -> AttentionPlan:
+        """The plan that `forward` makes for itself anyway, in place of the reference's BlockMask: integers, no tensor.
+
+        Args:
+            mode: "train" or "cache", the reference's names.
+            device: accepted for the reference's signature.
+
+        Raises:
+            ValueError: on another mode or sizes that do not fit.
+        """
+        if mode not in ("train", "cache"):
+            raise ValueError(f"mode: got {mode!r}, expected 'train' or 'cache'")
+        layout_mode = "prefill" if mode == "cache" else "train"
+        return AttentionPlan.from_layout(self.layout(layout_mode, chunk_partition, height, width, has_clean_context))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        chunk_partition: Sequence[int],
+        encoder_hidden_states_image: Tensor | None = None,
+        clean_hidden_states: Tensor | None = None,
+        clean_timestep: Tensor | None = None,
+        kv_cache: Any = None,
+        kv_cache_flag: dict[str, Any] | None = None,
+        attention_mask: Any = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> TransformerOutput | tuple[Any, ...]:
+        """Average velocity from `timestep` down to `r_timestep`, by one of three paths.
+
+        Without a cache: training. All chunks come in; the oldest are compressed context, the last `full_chunk_limit`
+            give
+        the result. With one and `kv_cache_flag["is_cache_step"]`: the chunks are finished and become context. With one
+        otherwise: `hidden_states` is the newest chunk and sees the cache.
+
+        Args:
+            hidden_states: (B, F, C, H, W) latents.
+            timestep, r_timestep: (B, F), one value per frame, 0..1000.
+            encoder_hidden_states: (B, S, text_dim).
+            chunk_partition: frames per chunk, including the cached ones.
+            encoder_hidden_states_image: (B, S_image, image_dim), for models with `image_dim`.
+            clean_hidden_states: (B, F_full, C, H, W), the clean copy of the full chunks (training).
+            clean_timestep: (B, F_full), t and r of the clean copy.
+            kv_cache: a `FarCache`, or the reference's dicts; see `adopt_reference_cache`. A cache step on dicts is
+                lazy: the work is done when the next chunk needs it, so given context is encoded in one pass.
+            kv_cache_flag: the reference's flags; with a `FarCache` None means a query.
+            attention_mask, attention_kwargs: accepted for the reference's signature; the mask follows from the
+                partition.
+            return_dict: an output object instead of a tuple.
+
+        Returns:
+            The velocity of the full noisy frames; with a cache also the cache, and None as the velocity of a cache
+            step.
+
+        Raises:
+            ValueError: on shapes that do not fit, or chunks that do not continue the cache.
+        """
+        check_video(self.config, hidden_states, timestep, r_timestep, encoder_hidden_states)
+        partition = tuple(chunk_partition)
+        prompt = (encoder_hidden_states, encoder_hidden_states_image)
+        if kv_cache is None:
+            clean = (clean_hidden_states, clean_timestep)
+            velocity = self._train(hidden_states, timestep, r_timestep, prompt, partition, *clean)
+            return TransformerOutput(velocity) if return_dict else (velocity,)
+        if clean_hidden_states is not None:
+            raise ValueError("clean_hidden_states: got a tensor with kv_cache, expected None outside training")
+
+        flag = kv_cache_flag or {}
+        cache = kv_cache
+        if not isinstance(cache, FarCache):
+            height, width = hidden_states.shape[-2:]
+            cache = adopt_reference_cache(kv_cache, self, partition, height, width, flag.get("num_cached_chunks", 0))
+        _expect(
+            cache.batch_size == hidden_states.shape[0],
+            "hidden_states",
+            hidden_states.shape[0],
+            f"the batch of the cache, {cache.batch_size}",
+        )
+        sample: Tensor | None = None
+        if flag.get("is_cache_step"):
+            times = torch.stack([timestep, r_timestep])
+            context = Context(partition, hidden_states.clone(), times, cache.prompt(self.condition_embedder, *prompt))
+            self._check_context(cache, context)
+            cache.pending = context
+            if isinstance(kv_cache, FarCache):
+                self.encode_pending(cache)
+        else:
+            sample = self._query(hidden_states, timestep, r_timestep, prompt, partition, cache)
+        return AnyFlowFARTransformerOutput(sample, kv_cache) if return_dict else (sample, kv_cache)
+
+    def prefill(
+        self,
+        cache: FarCache,
+        latents: Tensor,
+        chunk_partition: Sequence[int],
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> None:
+        """Make finished chunks the context of the next one, encoding only what the cache does not hold.
+
+        Args:
+            latents: (B, F, C, H, W), all finished chunks from the first frame on, clean (t = r = 0).
+            chunk_partition: their frames, summing to F.
+
+        Raises:
+            ValueError: on shapes that do not fit.
+        """
+        times = torch.zeros(2, *latents.shape[:2], device=latents.device)
+        prompt = cache.prompt(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image)
+        context = Context(tuple(chunk_partition), latents.clone(), times, prompt)
+        self._check_context(cache, context)
+        cache.pending = context
+        self.encode_pending(cache)
+
+    @torch.no_grad()
+    def encode_pending(self, cache: FarCache) -> None:
+        """Encode the cache's pending chunks, if any, in one pass; the last block stops after its keys and values."""
+        context = cache.pending
+        if context is None or context.latents is None:
+            return
+        cached = cache.reusable_chunks(context)
+        if cached == len(context.partition):
+            cache.end_write(context)
+            return
+        layout = cache.layout("prefill", context.partition, cached)
+        first = sum(context.partition[:cached])
+        latents, (t, r) = context.latents[:, first:], context.times[:, :, first:]
+        num_compressed = max(0, layout.num_compressed_frames - first)
+        x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
+        _, inputs = self._inputs(layout, t, r, context.prompt)
+        inputs.cache, inputs.offset = cache.begin_write(layout), layout.cache_offset
+        if x.shape[1]:
+            self._run_blocks(x, inputs, keys_only=True)
+        cache.end_write(context)
+
+    def _check_context(self, cache: FarCache, context: Context) -> None:
+        shape, frames = () if context.latents is None else tuple(context.latents.shape), sum(context.partition)
+        expected = (cache.batch_size, frames, self.config.in_channels, *cache.latent_size)
+        _expect(
+            shape == expected, "hidden_states", shape, f"(B, F, C, H, W) = {expected} for {list(context.partition)}"
+        )
+        _expect(context.times.shape[2] == frames, "timestep", tuple(context.times.shape[1:]), f"(B, F={frames})")
+
+    def _query(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        r: Tensor,
+        prompt: tuple[Tensor, Tensor | None],
+        partition: tuple[int, ...],
+        cache: FarCache,
+    ) -> Tensor:
+        """The velocity of the newest chunk, which sees the cache and itself."""
+        shape, frames = tuple(latents.shape), partition[-1]
+        _expect(
+            shape[1] == frames and shape[3:] == cache.latent_size,
+            "hidden_states",
+            shape,
+            f"F={frames} frames, the newest of {list(partition)}, of size {cache.latent_size}",
+        )
+        _expect(t.shape[1] == frames, "timestep", tuple(t.shape), f"(B, F={frames})")
+        self.encode_pending(cache)
+        cached = cache.context.partition if cache.context else ()
+        _expect(
+            cached == partition[:-1], "chunk_partition", list(partition), f"{[*cached]} (cached) and one more chunk"
+        )
+        layout = cache.layout("inference", partition)
+        rt, inputs = self._inputs(layout, t, r, cache.prompt(self.condition_embedder, *prompt))
+        if self.phantom_padding:
+            phantom = -layout.num_query_tokens % PHANTOM_BLOCK
+            inputs.plan = AttentionPlan.from_layout(layout, phantom)
+        inputs.cache, inputs.offset = cache.slabs_for(layout), layout.cache_offset
+        x = self._tokens(layout, latents[:, :0], latents)
+        return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
+
+    def _train(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        r: Tensor,
+        prompt: tuple[Tensor, Tensor | None],
+        partition: tuple[int, ...],
+        clean: Tensor | None,
+        clean_t: Tensor | None,
+    ) -> Tensor:
+        """The velocity of the full noisy frames; compressed context and clean copy are cut off before the head."""
+        layout = self.layout("train", partition, latents.shape[3], latents.shape[4], clean is not None)
+        frames, num_compressed = sum(partition), layout.num_compressed_frames
+        _expect(
+            latents.shape[1] == frames,
+            "hidden_states",
+            tuple(latents.shape),
+            f"F={frames} frames for {list(partition)}",
+        )
+        _expect(t.shape[1] == frames, "timestep", tuple(t.shape), f"(B, F={frames})")
+        _expect(
+            (clean is None) == (clean_t is None), "clean_timestep", clean_t, "both it and clean_hidden_states, or none"
+        )
+        if clean is not None and clean_t is not None:
+            expected = (latents.shape[0], layout.num_full_frames, *latents.shape[2:])
+            _expect(tuple(clean.shape) == expected, "clean_hidden_states", tuple(clean.shape), f"{expected}")
+            _expect(tuple(clean_t.shape) == expected[:2], "clean_timestep", tuple(clean_t.shape), f"{expected[:2]}")
+            # The reference gives clean_timestep to the delta embedder under both delta types.
+            clean_r = clean_t if self.config.deltatime_type == "r" else torch.zeros_like(clean_t)
+            t, r = torch.cat([t, clean_t.to(t)], dim=1), torch.cat([r, clean_r.to(r)], dim=1)
+        x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:], clean)
+        rt, inputs = self._inputs(layout, t, r, PromptKeys(self.condition_embedder, *prompt))
+        x, branch, gate = self._run_blocks(x, inputs)
+        noisy = [s for s in layout.segments if s.kind == "full"]
+        tokens, rows = (
+            slice(noisy[0].offset, noisy[-1].end),
+            slice(num_compressed, num_compressed + layout.num_full_frames),
+        )
+        assert branch is not None and gate is not None
+        return self._head(
+            (x[:, tokens], branch[:, tokens], gate[:, rows]), rt[:, rows], (layout.num_full_frames, *layout.full_grid)
+        )
+
+    def _tokens(self, layout: FarLayout, compressed: Tensor, full: Tensor, clean: Tensor | None = None) -> Tensor:
+        """All query tokens in one slab, (B, Lq, D): compressed frames, full frames, clean frames."""
+        parts = [(self.far_patch_embedding, compressed), (self.patch_embedding, full), (self.patch_embedding, clean)]
+        present = [(module, x) for module, x in parts if x is not None and x.shape[1]]
+        if torch.is_grad_enabled() or len(present) == 1:
+            return torch.cat([self._patchify(module, x) for module, x in present], dim=1)
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        slab = torch.empty(full.shape[0], layout.num_query_tokens, dim, dtype=self.dtype, device=full.device)
+        offset = 0
+        for module, latents in present:
+            offset += self._patchify(module, latents, slab, offset).shape[1]
+        return slab
+
+    def _inputs(self, layout: FarLayout, t: Tensor, r: Tensor, prompt: PromptKeys) -> tuple[Tensor, BlockInputs]:
+        """The head's time condition (B, F, D) and what the blocks share; t and r are (B, frames of the queries)."""
+        rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r)
+        rope = self.rotary(layout.query_segments, times.device)
+        return rt, BlockInputs(self.ops, layout.frame_map, times, rope, AttentionPlan.from_layout(layout), prompt)
+
+
+def _expect(condition: bool, name: str, got: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: got {got}, expected {expected}")

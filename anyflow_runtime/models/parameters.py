@@ -1,0 +1,96 @@
+"""Parameters used directly, without calling their module: several linears as one GEMM, norm weights inside a kernel.
+
+The fused tensor owns the memory and the original parameters are views of it: names, state dicts, optimisers and LoRA
+    see
+ordinary `nn.Linear`s, and there is no second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_plain(module: nn.Module) -> bool:
+    """True for an `nn.Linear` without adapters, offload hooks or quantisation: its weight may be used directly."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not hasattr(module, "_hf_hook")
+        and not hasattr(module, "_diffusers_hook")
+    )
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first parameter."""
+    return next(module.parameters()).dtype
+
+
+@contextmanager
+def onloaded(*modules: nn.Module) -> Iterator[None]:
+    """Parameters of these modules are in place: accelerate's offload hooks only bring them when the module is
+    called.
+    """
+    hooked: list[Any] = [module for module in modules if hasattr(module, "_hf_hook")]
+    for module in hooked:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in hooked:
+            module._hf_hook.post_forward(module, None)
+
+
+def fuse_storage(linears: Sequence[nn.Module]) -> None:
+    """Move the weights and biases of plain linears of one input size into one storage, in order; others are left
+    alone.
+    """
+    if not all(is_plain(linear) and not linear.weight.is_meta for linear in linears) or fused_weight(linears):
+        return
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            parts = [getattr(linear, name) for linear in linears]
+            if any(part is None for part in parts) or len({(p.dtype, p.device) for p in parts}) > 1:
+                return
+            fused = torch.empty(
+                sum(len(p) for p in parts), *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device
+            )
+            for part, view in zip(parts, fused.split([len(p) for p in parts]), strict=True):
+                view.copy_(part)
+                part.data = view
+
+
+def fused_weight(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """The weight and bias of all, concatenated without a copy, or None if they do not stand side by side in memory."""
+    fused = []
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        first = parts[0]
+        if first is None or first.is_meta or not first.is_contiguous():
+            return None
+        end = first.data_ptr()
+        for part in parts:
+            if part is None or part.data_ptr() != end or part.dtype != first.dtype or not part.is_contiguous():
+                return None
+            end += part.numel() * part.element_size()
+        if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+            return None
+        rows = sum(len(part) for part in parts)
+        fused.append(first.detach().as_strided((rows, *first.shape[1:]), first.stride()))
+    return fused[0], fused[1]
+
+
+def project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """The outputs of several linears side by side, (..., sum of widths): one GEMM if their storage is fused."""
+    if all(is_plain(linear) for linear in linears):
+        trained = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
+        fused = None if trained else fused_weight(linears)
+        if fused is not None:
+            return F.linear(x, *fused)
+    return torch.cat([linear(x) for linear in linears], dim=-1)

@@ -1,0 +1,80 @@
+"""Rotary position tables of video tokens, full and compressed.
+
+Head dimension d is split over the axes: height and width take 2*(d//6) channels each, time the rest. Angles are
+    computed in
+float64 and stored as fp32 cosines and sines, one row per token.
+Source: Wan2.1 and FAR; diffusers' `AnyFlowCausalRotaryPosEmbed`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from anyflow_kernels import Segment
+
+THETA = 10000.0
+
+
+class RotaryTables:
+    """Tables (cos, sin), each (tokens, d/2) fp32, for runs of segments; the latest few are kept.
+
+    Args:
+        head_dim: d, even.
+        patch_size, compressed_patch_size: their ratio is the window over which a compressed token averages positions.
+    """
+
+    KEPT = 8
+
+    def __init__(
+        self, head_dim: int, patch_size: Sequence[int], compressed_patch_size: Sequence[int] | None = None
+    ) -> None:
+        if head_dim % 2:
+            raise ValueError(f"attention_head_dim: got {head_dim}, expected an even number")
+        height_width = 2 * (head_dim // 6)
+        self.axis_dims = (head_dim - 2 * height_width, height_width, height_width)
+        compressed = compressed_patch_size or patch_size
+        self.windows = tuple(max(1, c // p) for c, p in zip(compressed, patch_size, strict=True))
+        self._kept: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __call__(
+        self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of these segments' tokens, in order."""
+        key = (tuple(segments), device, dtype)
+        if key not in self._kept:
+            tables = [self._segment(s) for s in segments]
+            angles = torch.cat(tables) if tables else torch.zeros(0, sum(self.axis_dims) // 2, dtype=torch.complex128)
+            self._kept[key] = (angles.real.to(device, dtype), angles.imag.to(device, dtype))
+            while len(self._kept) > self.KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _segment(self, s: Segment) -> Tensor:
+        """Unit complex numbers, (tokens, d/2)."""
+        starts, counts = (s.first_frame, 0, 0), (s.frames, s.rows, s.columns)
+        windows = self.windows if s.kind == "compressed" else (1, 1, 1)
+        axes = [
+            _axis(dim, start, count, window)
+            for dim, start, count, window in zip(self.axis_dims, starts, counts, windows, strict=True)
+        ]
+        t, h, w = (
+            axis.reshape([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]) for i, axis in enumerate(axes)
+        )
+        grid = (*counts, -1)
+        return torch.cat([t.expand(grid), h.expand(grid), w.expand(grid)], dim=-1).flatten(0, 2)
+
+
+def _axis(dim: int, start: int, count: int, window: int) -> Tensor:
+    """(count, dim/2) unit complex numbers; with a window, the renormalised mean over that many full-resolution
+    positions.
+    """
+    frequencies = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    positions = torch.arange(start * window, (start + count) * window, dtype=torch.float64)
+    phases = torch.polar(torch.ones(()).double(), positions[:, None] * frequencies)
+    pooled = phases.reshape(count, window, dim // 2).mean(dim=1)
+    return pooled / pooled.abs()

@@ -1,0 +1,29 @@
+"""Test-wide settings. Everything runs on a CPU; tests marked `gpu` need a CUDA device, tests marked `slow` need --run-slow."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Shapes are tiny: many threads cost more than they save, and under xdist every worker has threads of its own.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    skip_slow = pytest.mark.skip(reason="slow: pass --run-slow to run it")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(skip_gpu)
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(skip_slow)
