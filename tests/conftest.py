@@ -1,4 +1,4 @@
-"""Test-wide settings. Everything runs on a CPU; tests marked `gpu` need a CUDA device, tests marked `slow` need --run-slow."""
+"""Test-wide settings. All runs on a CPU; tests marked `gpu` need a CUDA device, tests marked `slow` need --run-slow."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Shapes are tiny: many threads cost more than they save, and under xdist every worker has threads of its own.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# Shapes are tiny: more threads cost more than they save, far more on a busy machine.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,72 @@
+"""Flow-map pretraining and on-policy distillation, in pieces that each work alone.
+
+`stages` puts them together; `shapes` and `shapes_measure` are the synthetic data of the demo.
+"""
+
+from __future__ import annotations
+
+from .dmd import ScoreConfig, UpdateCadence, dmd_gradient, dmd_loss, fake_score_loss, generator_score_loss
+from .ema import EMA
+from .far_training import FarClip, FarVelocity, draw_num_chunks
+from .flow_map_loss import FlowMapConfig, LossResult, flow_map_loss, flow_matching_loss
+from .flow_map_target import flow_map_target, total_derivative
+from .gan import DiscriminatorHeads, approximate_r1, discriminator_gan_loss, generator_gan_loss
+from .guidance import drop_text, fused_prediction
+from .lora import add_lora, lora_state_dict, merge_lora
+from .loss_weights import LossWeight
+from .rebalance import DiffusionMean, rebalance
+from .rollout import RolloutDraw, draw_rollout, far_rollout, rollout
+from .stages import FarConfig, GanConfig, OnPolicy, OnPolicyConfig, PretrainConfig, Pretraining, TrainingBatch
+from .timesteps import GlobalBatch, TimePairs, assign_buckets, pair_times, sample_time_pairs, schedule, shift_time
+from .velocity import BidirectionalVelocity, Velocity
+
+__all__ = [
+    "EMA",
+    "BidirectionalVelocity",
+    "DiffusionMean",
+    "DiscriminatorHeads",
+    "FarClip",
+    "FarConfig",
+    "FarVelocity",
+    "FlowMapConfig",
+    "GanConfig",
+    "GlobalBatch",
+    "LossResult",
+    "LossWeight",
+    "OnPolicy",
+    "OnPolicyConfig",
+    "PretrainConfig",
+    "Pretraining",
+    "RolloutDraw",
+    "ScoreConfig",
+    "TimePairs",
+    "TrainingBatch",
+    "UpdateCadence",
+    "Velocity",
+    "add_lora",
+    "approximate_r1",
+    "assign_buckets",
+    "discriminator_gan_loss",
+    "dmd_gradient",
+    "dmd_loss",
+    "draw_num_chunks",
+    "draw_rollout",
+    "drop_text",
+    "fake_score_loss",
+    "far_rollout",
+    "flow_map_loss",
+    "flow_map_target",
+    "flow_matching_loss",
+    "fused_prediction",
+    "generator_gan_loss",
+    "generator_score_loss",
+    "lora_state_dict",
+    "merge_lora",
+    "pair_times",
+    "rebalance",
+    "rollout",
+    "sample_time_pairs",
+    "schedule",
+    "shift_time",
+    "total_derivative",
+]
