@@ -1,4 +1,5 @@
-# make test | demo | check, on a fresh clone. The virtual environment is made once and again when what it depends on changes.
+# make test | demo | check, on a fresh clone. The virtual environment is made once, and brought up to date when the
+# metadata, the pins or the C++ sources change.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +13,7 @@ EXTRAS := diffusers,lora,video,bench,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
 
-.PHONY: demo test check format cuda-check clean
+.PHONY: demo test check format cuda-check clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -36,11 +37,14 @@ clean:
 	rm -rf $(VENV) build *.egg-info anyflow_kernels/_C*.so
 
 $(PY):
-	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer (diffusers 0.42 does); name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as diffusers 0.42 does: make PYTHON=..." >&2; exit 1; }
+	@echo "making $(VENV) with $(PYTHON): the first time takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: the extension is compiled against it (--no-build-isolation).
-$(STAMP): pyproject.toml constraints.txt setup.py $(EXTENSION_SOURCES) | $(PY)
-	$(PIP) torch setuptools wheel ninja
-	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+# torch first: the extension is compiled against it (--no-build-isolation). A missing extension is built again.
+$(STAMP): $(if $(wildcard anyflow_kernels/_C*.so),,FORCE) \
+		pyproject.toml constraints.txt setup.py $(EXTENSION_SOURCES) | $(PY)
+	@echo "installing the pinned packages and building the extension"
+	@$(PIP) torch setuptools wheel ninja
+	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -22,6 +22,7 @@ OPERATIONS = (
     "gated_residual_layer_norm",
     "qk_norm_rope_append",
     "rms_norm",
+    "linear",
     "linear_gelu",
     "dual_timestep_embedding",
     "patch_embed",
@@ -215,6 +216,13 @@ class Ops:
         """
         _expect(weight.shape == x.shape[-1:], "weight", tuple(weight.shape), tuple(x.shape[-1:]))
         return self._implementation.rms_norm(x, weight, eps)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`x @ weight.T + bias`. x (..., K), weight (N, K), bias (N,), all of one dtype."""
+        _expect(
+            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), f"(N, {x.shape[-1]})"
+        )
+        return self._implementation.linear(x, weight, bias)
 
     def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`gelu_tanh(x @ weight.T + bias)`: the first half of the FFN. x (..., K), weight (N, K), bias (N,)."""

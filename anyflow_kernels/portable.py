@@ -16,12 +16,16 @@ __all__ = [
     "far_attention",
     "flow_map_step",
     "gated_residual_layer_norm",
+    "linear",
     "linear_gelu",
     "patch_embed",
     "qk_norm_rope_append",
     "rms_norm",
     "unpatchify",
 ]
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def far_attention(
@@ -136,8 +140,24 @@ def qk_norm_rope_append(
     return q
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _prefers_onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _prefers_onednn(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
     hidden = F.linear(x, weight, bias)
     if torch.is_grad_enabled() and hidden.requires_grad:
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")
+
+
+def _prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """fp32 on a CPU without gradients: torch sends that to MKL, which on AMD chips runs at half the speed of oneDNN
+    (both strict fp32; `bench/linear.py`). Lower precisions go to oneDNN anyway."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not _HAS_ONEDNN:
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))

@@ -160,6 +160,10 @@ def qk_norm_rope_append(
     return q
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 

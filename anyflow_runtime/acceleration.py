@@ -22,7 +22,7 @@ _OURS: dict[str, type[AnyFlowModel]] = {
     "AnyFlowFARTransformer3DModel": AnyFlowFARTransformer3DModel,
 }
 _MERGED: dict[tuple[type, type], type] = {}
-_RUNTIME_STATE = ("ops", "phantom_padding", "_rotary")
+_RUNTIME_STATE = ("ops", "phantom_padding", "cuda_graphs", "_rotary")
 
 
 def accelerate(
@@ -31,6 +31,7 @@ def accelerate(
     match_diffusers_padding: bool = False,
     compile: bool | dict[str, Any] | None = None,
     backend: str = "auto",
+    cuda_graphs: bool = True,
 ) -> Pipeline:
     """Run a diffusers AnyFlow pipeline or transformer on our kernels.
 
@@ -44,6 +45,7 @@ def accelerate(
             comparing with it number by number; off, the softmax is the correct one.
         compile: True, or keywords of `torch.compile`, to compile each transformer block.
         backend: see `anyflow_kernels.load_ops`.
+        cuda_graphs: on CUDA, capture each chunk's denoising step at its second run and replay it from then on.
 
     Returns:
         The same object.
@@ -55,7 +57,7 @@ def accelerate(
     transformer = _transformer_of(pipe)
     if not isinstance(transformer, AnyFlowModel):
         _adopt(transformer)
-    transformer._init_runtime(backend, match_diffusers_padding)
+    transformer._init_runtime(backend, match_diffusers_padding, cuda_graphs)
     for block in transformer.blocks:
         vars(block).pop("_compiled_call_impl", None)
         if compile:

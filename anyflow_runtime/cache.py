@@ -19,6 +19,7 @@ from torch import Tensor
 from anyflow_kernels import FarLayout
 from anyflow_kernels.reference import rotate
 
+from .cuda_graphs import StepGraphs
 from .models.conditioning import PromptKeys
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class FarCache:
     Attributes:
         context: the chunks whose keys are in the slabs, or None.
         pending: chunks that are finished but not encoded yet; the next query encodes them all in one pass.
+        graphs: denoising steps of this rollout captured as CUDA graphs.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FarCache:
         self.slabs: Slabs = []
         self.context: Context | None = None
         self.pending: Context | None = None
+        self.graphs = StepGraphs()
         self._prompts: list[PromptKeys] = []
         partition = layout.chunk_partition
         self._grow(max(self.layout("inference", partition[: i + 1]).num_key_tokens for i in range(len(partition))))

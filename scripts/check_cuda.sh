@@ -10,15 +10,31 @@ if ! command -v "$nvcc" >/dev/null 2>&1; then
 fi
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
+# What torch's own build defines for every .cu file.
+defines="-D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__"
+defines="$defines -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__"
+known=$("$nvcc" --list-gpu-arch)
+targets=""
+names=""
+for arch in 80 90 100; do
+    if echo "$known" | grep -qx "compute_$arch"; then
+        targets="$targets -gencode arch=compute_$arch,code=sm_$arch"
+        names="$names sm_$arch"
+    else
+        echo "CUDA sources: sm_$arch skipped: this nvcc does not know it"
+    fi
+done
 for source in csrc/*.cu; do
-    "$nvcc" -std=c++17 -O3 -Xcompiler -Wall --Werror all-warnings -c "$source" -o "$build/kernels.o" \
-        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=sm_100
-    echo "$source: compiles for sm_80, sm_90, sm_100"
+    # shellcheck disable=SC2086
+    "$nvcc" -std=c++17 -O3 -Xcompiler -Wall --Werror all-warnings $defines $targets -c "$source" -o "$build/kernels.o"
+    echo "$source: compiles for$names"
 done
 # The glue needs torch's headers alone; the stub stands in for the one header that only a CUDA build of torch generates.
 mkdir -p "$build/c10/cuda/impl"
 : >"$build/c10/cuda/impl/cuda_cmake_macros.h"
-include=$("${1:-python3}" -c 'from torch.utils.cpp_extension import include_paths; print(" ".join("-isystem " + p for p in include_paths()))')
+include=$("${1:-python3}" -c '
+from torch.utils.cpp_extension import include_paths
+print(*("-isystem " + path for path in include_paths()))')
 for source in csrc/*_cuda.cpp; do
     # shellcheck disable=SC2086
     "$nvcc" -std=c++20 -Xcompiler -Wall -DANYFLOW_WITH_CUDA $include -isystem "$build" -c "$source" -o "$build/glue.o"

@@ -17,7 +17,7 @@ from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
 from .conditioning import ConditionEmbedder, FP32LayerNorm
 from .config import ModelConfig
 from .loading import CheckpointMixin
-from .parameters import onloaded
+from .parameters import apply_linear, onloaded
 from .rotary import RotaryTables
 
 FrameMap = tuple[tuple[int, int], ...]
@@ -68,10 +68,11 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         self.proj_out = nn.Linear(dim, (config.out_channels or config.in_channels) * math.prod(config.patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def _init_runtime(self, backend: str, phantom_padding: bool = False) -> None:
+    def _init_runtime(self, backend: str, phantom_padding: bool = False, cuda_graphs: bool = True) -> None:
         """State that does not belong to the weights; `accelerate` calls this on a diffusers module it has adopted."""
         self.ops = load_ops(backend)
         self.phantom_padding = phantom_padding
+        self.cuda_graphs = cuda_graphs
         self.gradient_checkpointing = getattr(self, "gradient_checkpointing", False)
         self._rotary = RotaryTables(
             self.config.attention_head_dim, self.config.patch_size, self.config.get("compressed_patch_size")
@@ -143,7 +144,9 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
             pending[0], frame_map, pending[1], pending[2], shift, scale, eps=self.norm_out.eps
         )
         channels = self.config.out_channels or self.config.in_channels
-        return self.ops.unpatchify(self.proj_out(y), grid, tuple(self.config.patch_size), channels)
+        return self.ops.unpatchify(
+            apply_linear(self.ops, self.proj_out, y), grid, tuple(self.config.patch_size), channels
+        )
 
 
 def check_video(

@@ -15,7 +15,7 @@ from anyflow_kernels import AttentionPlan, FarLayout
 from .base import AnyFlowModel, TransformerOutput, check_video
 from .blocks import BlockInputs
 from .conditioning import PromptKeys, embed_times
-from .config import ModelConfig
+from .config import ModelConfig, constructor_arguments
 
 
 class AnyFlowTransformer3DModel(AnyFlowModel):
@@ -55,9 +55,9 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         deltatime_type: str = "r",
         backend: str = "auto",
     ) -> None:
-        keywords = {k: v for k, v in locals().items() if k not in ("self", "backend", "__class__")}
+        config = ModelConfig(constructor_arguments(locals(), excluded=("backend",)))
         nn.Module.__init__(self)
-        self._build(ModelConfig(keywords))
+        self._build(config)
         self._init_runtime(backend)
 
     def forward(

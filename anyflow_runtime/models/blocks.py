@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from anyflow_kernels import AttentionPlan, Ops
 
 from .conditioning import PromptKeys
-from .parameters import fuse_storage, is_plain, onloaded, project
+from .parameters import apply_linear, fuse_storage, is_plain, onloaded, project
 
 Pending = tuple[Tensor, Tensor | None, Tensor | None]  # x, and the branch and gate still to be added to it
 
@@ -147,7 +147,7 @@ class AnyFlowTransformerBlock(nn.Module):
         if keys_only:
             return x, None, None
         y = ops.far_attention(q, k, v, inputs.plan)
-        y = self.attn1.to_out[0](y.flatten(2))
+        y = apply_linear(ops, self.attn1.to_out[0], y.flatten(2))
 
         if isinstance(self.norm2, nn.Identity):
             x, _ = ops.gated_residual_layer_norm(x, frame_map, y, gate1)
@@ -163,12 +163,12 @@ class AnyFlowTransformerBlock(nn.Module):
         x, y = ops.gated_residual_layer_norm(x, frame_map, y, None, shift2, scale2, eps=self.norm3.eps)
         up, down = self.ffn.net[0], self.ffn.net[2]
         y = ops.linear_gelu(y, up.proj.weight, up.proj.bias) if is_plain(up.proj) else up(y)
-        return x, down(y), gate2
+        return x, apply_linear(ops, down, y), gate2
 
     def _queries_keys_values(self, y: Tensor, inputs: BlockInputs, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q (B, L, H, d), and all keys and values that the plan speaks of."""
         attn = self.attn1
-        qkv = project(y, [attn.to_q, attn.to_k, attn.to_v])
+        qkv = project(inputs.ops, y, [attn.to_q, attn.to_k, attn.to_v])
         # A slab is overwritten by the next step; what a backward pass needs must not be.
         in_place = inputs.cache is not None and not (torch.is_grad_enabled() and qkv.requires_grad)
         slabs = (*inputs.cache[layer], inputs.offset) if inputs.cache and in_place else ()
@@ -188,6 +188,8 @@ class AnyFlowTransformerBlock(nn.Module):
         attn, ops = self.attn2, inputs.ops
         k, v = inputs.prompt.keys_values(layer, attn, ops)
         with onloaded(attn.norm_q):
-            q = ops.rms_norm(attn.to_q(y), attn.norm_q.weight, attn.norm_q.eps).unflatten(-1, (attn.heads, -1))
+            q = ops.rms_norm(apply_linear(ops, attn.to_q, y), attn.norm_q.weight, attn.norm_q.eps).unflatten(
+                -1, (attn.heads, -1)
+            )
         y = ops.far_attention(q, k, v, AttentionPlan.dense(q.shape[1], k.shape[1]))
-        return attn.to_out[0](y.flatten(2))
+        return apply_linear(ops, attn.to_out[0], y.flatten(2))

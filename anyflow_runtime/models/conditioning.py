@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anyflow_kernels import Ops, TimestepMLP
 from anyflow_kernels.reference import sinusoid
 
-from .parameters import is_plain, onloaded, parameter_dtype
+from .parameters import apply_linear, is_plain, onloaded, parameter_dtype
 
 DELTA_TYPES = ("r", "t-r")
 
@@ -152,8 +152,8 @@ class PromptKeys:
         return unchanged and _same(self.text, text) and _same(self.image, image)
 
     def tokens(self) -> Tensor:
-        """(B, S_image + S, D)."""
-        if self._tokens is None:
+        """(B, S_image + S, D); computed again where a gradient is wanted and the kept ones have none."""
+        if self._tokens is None or (torch.is_grad_enabled() and not self._tokens.requires_grad):
             tokens = self._embedder.text_embedder(self.text)
             if self.image is not None:
                 tokens = torch.cat([self._embedder.image_embedder(self.image), tokens], dim=1)
@@ -162,12 +162,14 @@ class PromptKeys:
 
     def keys_values(self, layer: int, attn: Any, ops: Ops) -> tuple[Tensor, Tensor]:
         """Normed keys and values, each (B, S, H, d), for the cross-attention of a block."""
-        if layer in self._kept:
+        if layer in self._kept and not torch.is_grad_enabled():
             return self._kept[layer]
         tokens = self.tokens()
         with onloaded(attn.norm_k):
-            k = ops.rms_norm(attn.to_k(tokens), attn.norm_k.weight, attn.norm_k.eps).unflatten(-1, (attn.heads, -1))
-        v = attn.to_v(tokens).unflatten(-1, (attn.heads, -1))
+            k = ops.rms_norm(apply_linear(ops, attn.to_k, tokens), attn.norm_k.weight, attn.norm_k.eps).unflatten(
+                -1, (attn.heads, -1)
+            )
+        v = apply_linear(ops, attn.to_v, tokens).unflatten(-1, (attn.heads, -1))
         if not torch.is_grad_enabled():
             self._kept[layer] = (k, v)
         return k, v

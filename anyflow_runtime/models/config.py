@@ -28,6 +28,11 @@ class ModelConfig(dict[str, Any]):
         return ModelConfig, (dict(self),)
 
 
+def constructor_arguments(local_names: Mapping[str, Any], excluded: tuple[str, ...]) -> dict[str, Any]:
+    """What a constructor was called with, from its `locals()` on its first line, less what is no config."""
+    return {name: value for name, value in local_names.items() if name not in ("self", "__class__", *excluded)}
+
+
 def constructor_keywords(model_class: type, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor keywords in a config, overrides applied.
 

@@ -21,7 +21,7 @@ from ..cache import Context, FarCache, adopt_reference_cache
 from .base import AnyFlowModel, TransformerOutput, check_video
 from .blocks import BlockInputs
 from .conditioning import PromptKeys, embed_times
-from .config import ModelConfig
+from .config import ModelConfig, constructor_arguments
 
 PHANTOM_BLOCK = 128  # the reference pads inference queries and keys with zeros to this multiple
 
@@ -75,10 +75,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         backend: str = "auto",
         phantom_padding: bool = False,
     ) -> None:
-        excluded = ("self", "backend", "phantom_padding", "__class__")
-        keywords = {k: v for k, v in locals().items() if k not in excluded}
+        config = ModelConfig(constructor_arguments(locals(), excluded=("backend", "phantom_padding")))
         nn.Module.__init__(self)
-        self._build(ModelConfig(keywords))
+        self._build(config)
         full, patch = self.patch_embedding, compressed_patch_size
         self.far_patch_embedding = nn.Conv3d(full.in_channels, full.out_channels, patch, patch)
         with torch.no_grad():
@@ -283,13 +282,26 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             cached == partition[:-1], "chunk_partition", list(partition), f"{[*cached]} (cached) and one more chunk"
         )
         layout = cache.layout("inference", partition)
-        rt, inputs = self._inputs(layout, t, r, cache.prompt(self.condition_embedder, *prompt))
-        if self.phantom_padding:
-            phantom = -layout.num_query_tokens % PHANTOM_BLOCK
-            inputs.plan = AttentionPlan.from_layout(layout, phantom)
-        inputs.cache, inputs.offset = cache.slabs_for(layout), layout.cache_offset
-        x = self._tokens(layout, latents[:, :0], latents)
-        return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
+        keys, slabs = cache.prompt(self.condition_embedder, *prompt), cache.slabs_for(layout)
+
+        def step(latents: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            rt, inputs = self._inputs(layout, t, r, keys)
+            if self.phantom_padding:
+                inputs.plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK)
+            inputs.cache, inputs.offset = slabs, layout.cache_offset
+            x = self._tokens(layout, latents[:, :0], latents)
+            return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
+
+        if not self._may_capture(latents):
+            return step(latents, t, r)
+        # Besides its inputs a step reads these; the layout names the kernels' shapes, the rest the memory they touch.
+        addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr())
+        return cache.graphs.run((layout, keys, addresses, self.ops.backend, self.phantom_padding), step, latents, t, r)
+
+    def _may_capture(self, latents: Tensor) -> bool:
+        """Adapters change weights between steps, and a backward pass needs the eager one."""
+        adapters = getattr(self, "peft_config", None)
+        return self.cuda_graphs and latents.is_cuda and not torch.is_grad_enabled() and not adapters
 
     def _train(
         self,

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from anyflow_kernels import Ops
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -86,11 +87,16 @@ def fused_weight(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
     return fused[0], fused[1]
 
 
-def project(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+def apply_linear(ops: Ops, module: nn.Module, x: Tensor) -> Tensor:
+    """A linear through the backend, or by calling it if it is more than that."""
+    return ops.linear(x, module.weight, module.bias) if is_plain(module) else module(x)  # type: ignore[arg-type]
+
+
+def project(ops: Ops, x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """The outputs of several linears side by side, (..., sum of widths): one GEMM if their storage is fused."""
     if all(is_plain(linear) for linear in linears):
         trained = torch.is_grad_enabled() and any(linear.weight.requires_grad for linear in linears)
         fused = None if trained else fused_weight(linears)
         if fused is not None:
-            return F.linear(x, *fused)
-    return torch.cat([linear(x) for linear in linears], dim=-1)
+            return ops.linear(x, *fused)
+    return torch.cat([apply_linear(ops, linear, x) for linear in linears], dim=-1)

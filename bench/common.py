@@ -1,0 +1,102 @@
+"""What every bench shares: the machine line, interleaved medians, the parity check before timing, rows as JSON.
+
+Timings on a shared machine drift, so contestants take turns within one process and only ratios of medians are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def machine_line(*packages: str) -> str:
+    """One line: device, cores and threads, system, Python, torch and the versions of `packages`."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in packages:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"{package} missing")
+    return " | ".join([device, f"{platform.system()} {platform.machine()}", *versions])
+
+
+def interleaved_medians(fns: Mapping[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each function. They take turns, so that a drift of the machine meets all of them alike.
+
+    Args:
+        fns: name to a function without arguments; on CUDA it is timed with events, to the end of its kernels.
+        repeats: timed rounds.
+        warmup: rounds before them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in fns}
+    for round_ in range(warmup + repeats):
+        for name, fn in fns.items():
+            elapsed = _time_once(fn)
+            if round_ >= warmup:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """||out - ref|| / ||ref||, in float64; NaN if anything is."""
+    out, ref = out.detach().double(), ref.detach().double()
+    return float((out - ref).norm() / ref.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def check_close(name: str, out: Tensor, ref: Tensor, tolerance: float) -> float:
+    """The relative error of `out`, which must be within `tolerance`: a wrong kernel has no speed.
+
+    Raises:
+        AssertionError: naming the contestant, if shapes differ or the error is larger or NaN.
+    """
+    if out.shape != ref.shape:
+        raise AssertionError(f"{name}: got shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
+    error = relative_error(out, ref)
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: relative error {error:.3g} against the reference, expected <= {tolerance:.3g}")
+    return error
+
+
+def write_rows(rows: list[dict[str, Any]], path: str | Path | None = None) -> None:
+    """Print the rows as the last line of a bench, in JSON, and also write them to `path` if given."""
+    line = json.dumps(rows)
+    if path is not None:
+        Path(path).write_text(line + "\n")
+    print(line, flush=True)
+
+
+def _time_once(fn: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        fn()
+        return time.perf_counter() - start
+    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start_event.record()
+    fn()
+    end_event.record()
+    torch.cuda.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

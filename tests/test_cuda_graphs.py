@@ -1,0 +1,134 @@
+"""When a step is captured and what a replay may depend on. A recorder stands in for CUDA: it re-runs the step on the
+captured buffers, so a replay that misses a changed prompt, slab or input gives a wrong result here as it would
+there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from anyflow_runtime import FarCache
+from anyflow_runtime.cuda_graphs import StepGraphs
+from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
+
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_layers": 2,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
+
+def record(step: Any, inputs: tuple[torch.Tensor, ...], pool: Any) -> tuple[Any, torch.Tensor]:
+    output = torch.full_like(step(*inputs), torch.nan)
+    return lambda: output.copy_(step(*inputs)), output
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> AnyFlowFARTransformer3DModel:
+    torch.manual_seed(0)
+    monkeypatch.setattr(AnyFlowFARTransformer3DModel, "_may_capture", lambda self, latents: self.cuda_graphs)
+    return AnyFlowFARTransformer3DModel(**CONFIG, backend="torch").eval().requires_grad_(False)
+
+
+def rollout(model: Any, text: torch.Tensor, graphs: bool, steps: int = 4, height: int = 8, fail_at: int = -1) -> Any:
+    model.cuda_graphs = graphs
+    partition, batch = [1, 2, 2], text.shape[0]
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(batch, 5, 4, height, 8, generator=generator)
+    cache = FarCache.for_model(model, partition, height, 8, batch)
+    cache.graphs = StepGraphs(record)
+    count = 0
+    for i, frames in enumerate(partition):
+        start = sum(partition[:i])
+        x = noise[:, start : start + frames]
+        for k in range(steps):
+            count += 1
+            if count == fail_at:
+                raise KeyboardInterrupt
+            t, r = (torch.full((batch, frames), 1000.0 * (1 - j / steps)) for j in (k, k + 1))
+            u = model(x, t, r, text, partition[: i + 1], kv_cache=cache, return_dict=False)[0]
+            x = x - u / steps
+        noise[:, start : start + frames] = x
+        model.prefill(cache, noise[:, : start + frames], partition[: i + 1], text)
+    return noise, cache.graphs
+
+
+def test_replayed_rollout_equals_the_eager_one(model: Any) -> None:
+    text = torch.randn(1, 5, 8)
+    eager, _ = rollout(model, text, graphs=False)
+    replayed, graphs = rollout(model, text, graphs=True)
+    assert torch.equal(replayed, eager)
+    assert (graphs.captures, graphs.replays) == (3, 9)  # per chunk: one eager step, one capture, three replays
+
+
+def test_one_step_per_chunk_captures_nothing(model: Any) -> None:
+    _, graphs = rollout(model, torch.randn(1, 5, 8), graphs=True, steps=1)
+    assert (graphs.captures, graphs.replays) == (0, 0)
+
+
+def test_other_prompts_and_sizes_are_other_graphs(model: Any) -> None:
+    texts = [torch.randn(1, 5, 8), torch.randn(1, 5, 8), torch.randn(2, 7, 8)]
+    for text, height in zip(texts, (8, 8, 12), strict=True):
+        eager, _ = rollout(model, text, graphs=False, height=height)
+        assert torch.equal(rollout(model, text, graphs=True, height=height)[0], eager)
+
+
+def test_a_prompt_changed_within_a_chunk_is_seen(model: Any) -> None:
+    model.cuda_graphs = True
+    cache = FarCache.for_model(model, [2], 8, 8)
+    cache.graphs = StepGraphs(record)
+    x, time = torch.randn(1, 2, 4, 8, 8), torch.full((1, 2), 500.0)
+    texts = [torch.randn(1, 5, 8) for _ in range(2)]
+    eager = [model(x, time, time, text, [2], kv_cache=FarCache.for_model(model, [2], 8, 8)).sample for text in texts]
+    for text, want in [*zip(texts, eager, strict=True)] * 3:
+        assert torch.equal(model(x, time, time, text, [2], kv_cache=cache).sample, want)
+    assert cache.graphs.captures == 2
+
+
+def test_usable_after_an_exception(model: Any) -> None:
+    text = torch.randn(1, 5, 8)
+    eager, _ = rollout(model, text, graphs=False)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(model, text, graphs=True, fail_at=7)
+    assert torch.equal(rollout(model, text, graphs=True)[0], eager)
+
+
+def test_a_failed_capture_leaves_nothing() -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("capture failed")
+
+    graphs, x = StepGraphs(fail), torch.ones(2)
+    assert torch.equal(graphs.run("key", lambda x: x + 1, x), x + 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="capture failed"):
+            graphs.run("key", lambda x: x + 1, x)
+    assert graphs.captures == 0
+
+
+def test_a_result_survives_the_next_replay() -> None:
+    graphs = StepGraphs(record)
+    results = [graphs.run("key", lambda x: 2 * x, torch.full((2,), float(i))) for i in range(4)]
+    assert [r[0].item() for r in results] == [0.0, 2.0, 4.0, 6.0]
+
+
+@pytest.mark.gpu
+def test_replayed_rollout_equals_the_eager_one_on_cuda() -> None:
+    torch.manual_seed(0)
+    model = AnyFlowFARTransformer3DModel(**CONFIG).cuda().to(torch.bfloat16).requires_grad_(False)
+    text = torch.randn(1, 5, 8, device="cuda", dtype=torch.bfloat16)
+    noise = torch.randn(1, 2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
+    time = torch.full((1, 2), 500.0, device="cuda")
+    outputs = []
+    for graphs in (False, True):
+        model.cuda_graphs = graphs
+        cache = FarCache.for_model(model, [2], 8, 8)
+        outputs.append([model(noise * k, time, time, text, [2], kv_cache=cache).sample for k in (1, 2, 3)])
+    for eager, replayed in zip(*outputs, strict=True):
+        assert torch.equal(eager, replayed)
