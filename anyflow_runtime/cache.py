@@ -20,7 +20,7 @@ from anyflow_kernels import FarLayout
 from anyflow_kernels.reference import rotate
 
 from .cuda_graphs import StepGraphs
-from .models.conditioning import PromptKeys
+from .models.conditioning import PromptKeys, TimeMemo
 
 if TYPE_CHECKING:
     from .models.far import AnyFlowFARTransformer3DModel
@@ -59,6 +59,7 @@ class FarCache:
     Attributes:
         context: the chunks whose keys are in the slabs, or None.
         pending: chunks that are finished but not encoded yet; the next query encodes them all in one pass.
+        times: embeddings of the time pairs met so far, once per schedule.
         graphs: denoising steps of this rollout captured as CUDA graphs.
     """
 
@@ -83,6 +84,7 @@ class FarCache:
         self.context: Context | None = None
         self.pending: Context | None = None
         self.graphs = StepGraphs()
+        self.times: TimeMemo = {}
         self._prompts: list[PromptKeys] = []
         partition = layout.chunk_partition
         self._grow(max(self.layout("inference", partition[: i + 1]).num_key_tokens for i in range(len(partition))))

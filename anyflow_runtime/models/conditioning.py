@@ -18,6 +18,7 @@ from anyflow_kernels.reference import sinusoid
 from .parameters import apply_linear, is_plain, onloaded, parameter_dtype
 
 DELTA_TYPES = ("r", "t-r")
+TimeMemo = dict[tuple[float, float], tuple[Tensor, ...]]  # (t, delta) to the rows (D,) and (6D,)
 
 
 class TimestepEmbedding(nn.Module):
@@ -84,47 +85,56 @@ class ConditionEmbedder(nn.Module):
         self.image_embedder = None if image_dim is None else ImageEmbedding(image_dim, dim)
 
 
-def embed_times(embedder: Any, config: Any, ops: Ops, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+def embed_times(
+    embedder: Any, config: Any, ops: Ops, t: Tensor, r: Tensor, memo: TimeMemo | None = None
+) -> tuple[Tensor, Tensor]:
     """The time condition of each frame.
+
+    Times on the CPU are embedded once per distinct pair, and with a memo once per rollout; to find the distinct ones
+    among times on a GPU would stall its queue for a few rows of a small GEMM, so those are all embedded.
 
     Args:
         embedder: a condition embedder, ours or diffusers'.
         t, r: (B, F), source and target time on the 0..1000 scale; never rounded to bf16.
+        memo: the pairs embedded so far, extended here; unused where gradients are wanted.
 
     Returns:
         (B, F, D), the head's condition, and (B, F, 6, D), the blocks' modulation, both fp32.
     """
     dtype = torch.float64 if embedder.time_proj.weight.dtype == torch.float64 else torch.float32
     t, r = t.to(dtype), r.to(dtype)
-    pairs = torch.stack([t, r if config.deltatime_type == "r" else t - r]).flatten(1)  # (2, B*F)
-    inverse = None
-    if (
-        pairs.device.type == "cpu"
-    ):  # elsewhere finding the distinct pairs would stall the queue for a few rows of a GEMM
-        pairs, inverse = torch.unique(pairs, dim=1, return_inverse=True)
+    delta = r if config.deltatime_type == "r" else t - r
+    if t.device.type != "cpu":
+        rt, proj = _embed_pairs(embedder, config, ops, t.flatten(), delta.flatten())
+    else:
+        pairs = list(zip(t.flatten().tolist(), delta.flatten().tolist(), strict=True))
+        rows: TimeMemo = {} if memo is None or torch.is_grad_enabled() else memo
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in rows]
+        if new:
+            device = embedder.time_proj.weight.device
+            columns = torch.tensor(new, dtype=dtype, device="cpu" if device.type == "meta" else device).unbind(1)
+            rows.update(zip(new, zip(*_embed_pairs(embedder, config, ops, *columns), strict=True), strict=True))
+        rt, proj = (torch.stack(column) for column in zip(*(rows[pair] for pair in pairs), strict=True))
+    return rt.unflatten(0, t.shape), proj.unflatten(0, t.shape).unflatten(-1, (6, -1))
+
+
+def _embed_pairs(embedder: Any, config: Any, ops: Ops, t: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) times to (N, D) and (N, 6D)."""
     layers = [embedder.time_embedder.linear_1, embedder.time_embedder.linear_2]
     layers += [embedder.delta_embedder.linear_1, embedder.delta_embedder.linear_2, embedder.time_proj]
     if all(is_plain(layer) for layer in layers):
         time_1, time_2, delta_1, delta_2, last = ((layer.weight, layer.bias) for layer in layers)
         mlps = TimestepMLP(*time_1, *time_2), TimestepMLP(*delta_1, *delta_2)
-        rt, proj = ops.dual_timestep_embedding(pairs[0], pairs[1], *mlps, *last, config.gate_value)
-    else:
-        rt, proj = _through_modules(layers, pairs, config)
-    if inverse is not None:
-        rt, proj = rt[inverse], proj[inverse]
-    return rt.unflatten(0, t.shape), proj.unflatten(0, t.shape).unflatten(-1, (6, -1))
-
-
-def _through_modules(layers: list[nn.Module], pairs: Tensor, config: Any) -> tuple[Tensor, Tensor]:
-    """`dual_timestep_embedding` by calling the layers, for adapters and offload hooks."""
-    *mlps, last = layers
+        return ops.dual_timestep_embedding(t, delta, *mlps, *last, config.gate_value)
+    # By calling the layers, for adapters and offload hooks.
+    *mlp_layers, last = layers
 
     def mlp(t: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
         hidden = first(sinusoid(t, config.freq_dim).to(parameter_dtype(first)))
         return second(F.silu(hidden).to(parameter_dtype(second))).to(t.dtype)
 
     gate = config.gate_value
-    rt = (1 - gate) * mlp(pairs[0], mlps[0], mlps[1]) + gate * mlp(pairs[1], mlps[2], mlps[3])
+    rt = (1 - gate) * mlp(t, *mlp_layers[:2]) + gate * mlp(delta, *mlp_layers[2:])
     return rt, last(F.silu(rt).to(parameter_dtype(last))).to(rt.dtype)
 
 

@@ -244,7 +244,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         latents, (t, r) = context.latents[:, first:], context.times[:, :, first:]
         num_compressed = max(0, layout.num_compressed_frames - first)
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
-        _, inputs = self._inputs(layout, t, r, context.prompt)
+        _, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
+        inputs = self._inputs(layout, times, context.prompt)
         inputs.cache, inputs.offset = cache.begin_write(layout), layout.cache_offset
         if x.shape[1]:
             self._run_blocks(x, inputs, keys_only=True)
@@ -284,8 +285,10 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         layout = cache.layout("inference", partition)
         keys, slabs = cache.prompt(self.condition_embedder, *prompt), cache.slabs_for(layout)
 
-        def step(latents: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            rt, inputs = self._inputs(layout, t, r, keys)
+        rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
+
+        def step(latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
+            inputs = self._inputs(layout, times, keys)
             if self.phantom_padding:
                 inputs.plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK)
             inputs.cache, inputs.offset = slabs, layout.cache_offset
@@ -293,10 +296,12 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
 
         if not self._may_capture(latents):
-            return step(latents, t, r)
+            return step(latents, rt, times)
         # Besides its inputs a step reads these; the layout names the kernels' shapes, the rest the memory they touch.
         addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr())
-        return cache.graphs.run((layout, keys, addresses, self.ops.backend, self.phantom_padding), step, latents, t, r)
+        return cache.graphs.run(
+            (layout, keys, addresses, self.ops.backend, self.phantom_padding), step, latents, rt, times
+        )
 
     def _may_capture(self, latents: Tensor) -> bool:
         """Adapters change weights between steps, and a backward pass needs the eager one."""
@@ -334,7 +339,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             clean_r = clean_t if self.config.deltatime_type == "r" else torch.zeros_like(clean_t)
             t, r = torch.cat([t, clean_t.to(t)], dim=1), torch.cat([r, clean_r.to(r)], dim=1)
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:], clean)
-        rt, inputs = self._inputs(layout, t, r, PromptKeys(self.condition_embedder, *prompt))
+        rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r)
+        inputs = self._inputs(layout, times, PromptKeys(self.condition_embedder, *prompt))
         x, branch, gate = self._run_blocks(x, inputs)
         noisy = [s for s in layout.segments if s.kind == "full"]
         tokens, rows = (
@@ -359,11 +365,10 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             offset += self._patchify(module, latents, slab, offset).shape[1]
         return slab
 
-    def _inputs(self, layout: FarLayout, t: Tensor, r: Tensor, prompt: PromptKeys) -> tuple[Tensor, BlockInputs]:
-        """The head's time condition (B, F, D) and what the blocks share; t and r are (B, frames of the queries)."""
-        rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r)
+    def _inputs(self, layout: FarLayout, times: Tensor, prompt: PromptKeys) -> BlockInputs:
+        """What the blocks share; `times` is (B, frames of the queries, 6, D)."""
         rope = self.rotary(layout.query_segments, times.device)
-        return rt, BlockInputs(self.ops, layout.frame_map, times, rope, AttentionPlan.from_layout(layout), prompt)
+        return BlockInputs(self.ops, layout.frame_map, times, rope, AttentionPlan.from_layout(layout), prompt)
 
 
 def _expect(condition: bool, name: str, got: object, expected: str) -> None:
