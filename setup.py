@@ -1,8 +1,8 @@
-"""Builds the C++ extension `anyflow_kernels._C` with ninja through torch's extension machinery; metadata is in pyproject.toml.
+"""Builds the C++ extension `anyflow_kernels._C` with ninja through torch's machinery; metadata is in pyproject.toml.
 
 Environment:
     ANYFLOW_NO_EXT=1   skip the extension (the patch operations then say how to build it)
-    ANYFLOW_CUDA=0|1   leave the CUDA part out | insist on it; by default it is built where torch has CUDA and nvcc exists
+    ANYFLOW_CUDA=0|1   leave the CUDA part out | insist on it; default: built where torch has CUDA and nvcc exists
     ANYFLOW_NATIVE=1   compile for this machine's processor (-march=native): the build then runs on no older one
     MAX_JOBS           parallel compile jobs
 """
@@ -33,14 +33,17 @@ def extension_arguments() -> dict[str, Any]:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         sys.exit(
-            f"anyflow-kernels: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian: apt install g++), name it "
-            "in CXX, or set ANYFLOW_NO_EXT=1 to skip the extension"
+            f"anyflow-kernels: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian: apt install g++), "
+            "name it in CXX, or set ANYFLOW_NO_EXT=1 to skip the extension"
         )
 
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and bool(shutil.which(f"{CUDA_HOME}/bin/nvcc"))
     wish = os.environ.get("ANYFLOW_CUDA")
     if wish == "1" and not with_cuda:
-        sys.exit(f"anyflow-kernels: ANYFLOW_CUDA=1 needs a CUDA torch and nvcc: torch {torch.__version__}, CUDA_HOME={CUDA_HOME}")
+        sys.exit(
+            "anyflow-kernels: ANYFLOW_CUDA=1 needs a CUDA torch and nvcc: "
+            f"torch {torch.__version__}, CUDA_HOME={CUDA_HOME}"
+        )
     with_cuda = with_cuda and wish != "0"
 
     # Py_LIMITED_API: the module uses nothing but module creation, so one build serves every Python.

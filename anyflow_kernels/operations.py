@@ -98,10 +98,12 @@ class Ops:
                 tuple(tensor.shape) == expected,
                 name,
                 tuple(tensor.shape),
-                f"{expected} for q {tuple(q.shape)} and this plan",
+                "{} for q {} and this plan",
+                expected,
+                tuple(q.shape),
             )
-            _expect(tensor.dtype == q.dtype, f"{name}.dtype", tensor.dtype, f"that of q, {q.dtype}")
-        _expect(q.shape[1] == plan.num_queries, "q", tuple(q.shape), f"(B, {plan.num_queries}, H, d) for this plan")
+            _expect(tensor.dtype == q.dtype, name + ".dtype", tensor.dtype, "that of q, {}", q.dtype)
+        _expect(q.shape[1] == plan.num_queries, "q", tuple(q.shape), "(B, {}, H, d) for this plan", plan.num_queries)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         return self._implementation.far_attention(q, k, v, plan, scale, return_lse)
 
@@ -137,17 +139,17 @@ class Ops:
         """
         _expect_dims("x", x, 3)
         tokens = sum(frames * per_frame for frames, per_frame in frame_map)
-        _expect(tokens == x.shape[1], "frame_map", frame_map, f"runs of frames that sum to {x.shape[1]} tokens")
+        _expect(tokens == x.shape[1], "frame_map", frame_map, "runs of frames that sum to {} tokens", x.shape[1])
         if branch is not None:
             _expect(branch.shape == x.shape, "branch", tuple(branch.shape), tuple(x.shape))
-            _expect(branch.dtype == x.dtype, "branch.dtype", branch.dtype, f"that of x, {x.dtype}")
+            _expect(branch.dtype == x.dtype, "branch.dtype", branch.dtype, "that of x, {}", x.dtype)
         _expect(gate is None or branch is not None, "gate", "a tensor without branch", "both or only branch")
         _expect((shift is None) == (scale is None), "shift, scale", "one of them", "both or none")
         _expect((weight is None) == (bias is None), "weight, bias", "one of them", "both or none")
         rows = (x.shape[0], sum(frames for frames, _ in frame_map), x.shape[2])
         for name, tensor in (("gate", gate), ("shift", shift), ("scale", scale)):
             if tensor is not None:
-                _expect(tuple(tensor.shape) == rows, name, tuple(tensor.shape), f"(B, F, D) = {rows}")
+                _expect(tuple(tensor.shape) == rows, name, tuple(tensor.shape), "(B, F, D) = {}", rows)
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
                 _expect(tensor.shape == x.shape[2:], name, tuple(tensor.shape), tuple(x.shape[2:]))
@@ -189,23 +191,24 @@ class Ops:
             width % 3 == 0 and (width // 3) % (2 * heads) == 0,
             "qkv",
             tuple(qkv.shape),
-            f"(B, L, 3*H*d), H={heads}, even d",
+            "(B, L, 3*H*d), H={}, even d",
+            heads,
         )
         head_dim = width // 3 // heads
         for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
             _expect(tuple(tensor.shape) == (heads * head_dim,), name, tuple(tensor.shape), (heads * head_dim,))
         for name, tensor in (("rope cos", rope[0]), ("rope sin", rope[1])):
             expected = (length, head_dim // 2)
-            _expect(tuple(tensor.shape) == expected, name, tuple(tensor.shape), f"(L, d/2) = {expected}")
+            _expect(tuple(tensor.shape) == expected, name, tuple(tensor.shape), "(L, d/2) = {}", expected)
         _expect((k_cache is None) == (v_cache is None), "k_cache, v_cache", "one of them", "both or none")
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if cache is not None:
                 _expect_dims(name, cache, 4)
                 slab = (batch, cache.shape[1], heads, head_dim)
-                _expect(tuple(cache.shape) == slab, name, tuple(cache.shape), f"(B, T, H, d) = {slab}")
-                _expect(cache.dtype == qkv.dtype, f"{name}.dtype", cache.dtype, f"that of qkv, {qkv.dtype}")
+                _expect(tuple(cache.shape) == slab, name, tuple(cache.shape), "(B, T, H, d) = {}", slab)
+                _expect(cache.dtype == qkv.dtype, name + ".dtype", cache.dtype, "that of qkv, {}", qkv.dtype)
                 fits = 0 <= offset and offset + length <= cache.shape[1]
-                _expect(fits, "offset", offset, f"0 <= offset and offset + L={length} <= T={cache.shape[1]}")
+                _expect(fits, "offset", offset, "0 <= offset and offset + L={} <= T={}", length, cache.shape[1])
         return self._implementation.qk_norm_rope_append(
             qkv, q_weight, k_weight, rope, heads, eps, k_cache, v_cache, offset
         )
@@ -220,14 +223,14 @@ class Ops:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias`. x (..., K), weight (N, K), bias (N,), all of one dtype."""
         _expect(
-            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), f"(N, {x.shape[-1]})"
+            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), "(N, {})", x.shape[-1]
         )
         return self._implementation.linear(x, weight, bias)
 
     def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`gelu_tanh(x @ weight.T + bias)`: the first half of the FFN. x (..., K), weight (N, K), bias (N,)."""
         _expect(
-            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), f"(N, {x.shape[-1]})"
+            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), "(N, {})", x.shape[-1]
         )
         return self._implementation.linear_gelu(x, weight, bias)
 
@@ -260,16 +263,16 @@ class Ops:
             ValueError: on shapes that do not fit, or an odd freq_dim.
         """
         _expect_dims("t", t, 1)
-        _expect(delta.shape == t.shape, "delta", tuple(delta.shape), f"the shape of t, {tuple(t.shape)}")
+        _expect(delta.shape == t.shape, "delta", tuple(delta.shape), "the shape of t, {}", tuple(t.shape))
         width = proj_weight.shape[1]
         for name, mlp in (("time_mlp", time_mlp), ("delta_mlp", delta_mlp)):
             _expect(
                 tuple(mlp.weight_2.shape) == (width, mlp.weight_1.shape[0]),
-                f"{name}.weight_2",
+                name + ".weight_2",
                 tuple(mlp.weight_2.shape),
                 "(D, D)",
             )
-            _expect(mlp.weight_1.shape[1] % 2 == 0, f"{name}.weight_1", tuple(mlp.weight_1.shape), "an even freq_dim")
+            _expect(mlp.weight_1.shape[1] % 2 == 0, name + ".weight_1", tuple(mlp.weight_1.shape), "an even freq_dim")
         _expect(
             proj_weight.shape[0] == proj_bias.shape[0], "proj_bias", tuple(proj_bias.shape), (proj_weight.shape[0],)
         )
@@ -300,7 +303,9 @@ class Ops:
             tuple(weight.shape[1:]) == (latents.shape[2], *patch_size),
             "weight",
             tuple(weight.shape),
-            f"(D, {latents.shape[2]}, *{patch_size})",
+            "(D, {}, *{})",
+            latents.shape[2],
+            patch_size,
         )
         return self._implementation.patch_embed(latents, weight, bias, patch_size, out, offset)
 
@@ -342,7 +347,7 @@ class Ops:
         """
         for name, tensor in (("u", u), ("u_uncond", u_uncond)):
             if tensor is not None:
-                _expect(tensor.shape == x.shape, name, tuple(tensor.shape), f"the shape of x, {tuple(x.shape)}")
+                _expect(tensor.shape == x.shape, name, tuple(tensor.shape), "the shape of x, {}", tuple(x.shape))
         _expect(u_uncond is not None or guidance == 1.0, "guidance", guidance, "1.0 without u_uncond")
         for name, sigma in (("sigma_t", sigma_t), ("sigma_r", sigma_r)):
             if isinstance(sigma, Tensor):
@@ -355,9 +360,11 @@ class Ops:
         return self._implementation.flow_map_step(x, u, sigma_t, sigma_r, u_uncond, guidance)
 
 
-def _expect(condition: bool, name: str, got: object, expected: object) -> None:
+def _expect(condition: bool, name: str, got: object, expected: object, *values: object) -> None:
+    """Raise unless the condition holds. The message is made only then: formatting a symbolic size fixes its value."""
     if not condition:
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+        text = expected.format(*values) if isinstance(expected, str) else expected
+        raise ValueError(f"{name}: got {got}, expected {text}")
 
 
 def _expect_dims(name: str, tensor: Tensor, dims: int) -> None:

@@ -2,10 +2,10 @@
 
     tokens[n] = weight @ patch[n] + bias
 
-A patch embedding is a Conv3d whose stride is its kernel, so it is one GEMM on latents rearranged to (tokens, features). The
-extension packs them straight from strided (B, F, C, H, W), converting to the dtype of the GEMM, which then writes into the
-caller's token slab. Bytes: latents read once, N*K packed, written and read, N*D tokens written, for N tokens of K features.
-FLOPs: 2*N*K*D. Source: diffusers transformer_anyflow_far.py, `patch_embedding` and `far_patch_embedding`.
+A patch embedding is a Conv3d whose stride is its kernel, so it is one GEMM on latents rearranged to (tokens, features).
+The extension packs them straight from strided (B, F, C, H, W), converting to the dtype of the GEMM, which then writes
+into the caller's token slab. For N tokens of K features: N*K elements read, packed and read again, N*D written;
+2*N*K*D FLOPs. Source: diffusers transformer_anyflow_far.py, `patch_embedding` and `far_patch_embedding`.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ def patch_embed(
     out: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """Latents to tokens, as Conv3d with kernel = stride = patch_size does; frames, rows and columns that fill no patch are dropped.
+    """Latents to tokens, as a Conv3d with kernel = stride = patch_size; what fills no whole patch is dropped.
 
     Args:
         latents: (B, F, C, H, W), any strides; fp32, bf16, fp16 or float64, not necessarily the dtype of the weight.
         weight: (D, C, pt, ph, pw), the Conv3d weight. Its dtype is that of the GEMM and of the tokens.
         bias: (D,) in the dtype of the weight, or None.
         patch_size: (pt, ph, pw), that of the weight.
-        out: (B, T, D) slab in the dtype of the weight with a dense last dimension; batches and tokens may be strided, as in
-            a slice of a larger slab. If anything requires grad, the write is recorded by autograd.
+        out: (B, T, D) slab in the dtype of the weight with a dense last dimension; batches and tokens may be strided,
+            as in a slice of a larger slab. If anything requires grad, autograd records the write.
         offset: first token of the slab to write.
 
     Returns:
@@ -95,8 +95,8 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: Sequence[int], c
     """Tokens of the output head to latents, in one pass.
 
     Args:
-        tokens: (B, frames*rows*columns, pt*ph*pw*C), tokens in the order frame, row, column, features of a token in the order
-            (pt, ph, pw, C); may be a strided slice. fp32, bf16, fp16 or float64.
+        tokens: (B, frames*rows*columns, pt*ph*pw*C), tokens in the order frame, row, column, features of a token in the
+            order (pt, ph, pw, C); may be a strided slice. fp32, bf16, fp16 or float64.
         grid: (frames, rows, columns) counted in tokens: latents of F x H x W have (F//pt, H//ph, W//pw).
         patch_size: (pt, ph, pw).
         channels: C, latent channels.
@@ -116,15 +116,17 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: Sequence[int], c
     count, features = cells[0] * cells[1] * cells[2], patch[0] * patch[1] * patch[2] * channels
     if tokens.shape[1] != count or tokens.shape[2] != features:
         raise ValueError(
-            f"tokens: got {tuple(tokens.shape)}, expected (B, {count}, {features}) for grid {cells}, patch_size {patch} "
-            f"and {channels} channels"
+            f"tokens: got {tuple(tokens.shape)}, expected (B, {count}, {features}) for grid {cells}, "
+            f"patch_size {patch} and {channels} channels"
         )
     size = [tokens.shape[0], cells[0] * patch[0], channels, cells[1] * patch[1], cells[2] * patch[2]]
     return torch.ops.anyflow.unpack_patches(tokens, size, patch, True, tokens.dtype)
 
 
 def warm_start_compressed_weight(weight: Tensor, compressed_patch_size: Sequence[int]) -> Tensor:
-    """The initial weight of `far_patch_embedding`: the patch embedding's kernel resized trilinearly (align_corners=False).
+    """The initial weight of `far_patch_embedding`: the patch embedding's kernel, resized trilinearly.
+
+    Sampled at cell centres (align_corners=False), each (D, C) kernel by itself.
 
     Args:
         weight: (D, C, pt, ph, pw), floating point.
@@ -145,8 +147,8 @@ def warm_start_compressed_weight(weight: Tensor, compressed_patch_size: Sequence
 def _require_extension() -> None:
     if _load_error is not None:
         raise RuntimeError(
-            "anyflow_kernels was installed without its C++ extension, or it does not load here. Build it in the source tree: "
-            "pip install -e . --no-build-isolation (needs torch and a C++ compiler; unset ANYFLOW_NO_EXT). "
+            "anyflow_kernels was installed without its C++ extension, or it does not load here. Build it in the source "
+            "tree: pip install -e . --no-build-isolation (needs torch and a C++ compiler; unset ANYFLOW_NO_EXT). "
             f"Import failed with: {_load_error}"
         )
 
@@ -229,7 +231,12 @@ def _save_pack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_pack(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return torch.ops.anyflow.unpack_patches(grad, ctx.size, ctx.patch_size, ctx.channels_last, ctx.dtype), None, None, None
+    return (
+        torch.ops.anyflow.unpack_patches(grad, ctx.size, ctx.patch_size, ctx.channels_last, ctx.dtype),
+        None,
+        None,
+        None,
+    )
 
 
 def _save_unpack(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,10 +1,12 @@
-// Packing and unpacking of patches on CUDA. A block row (blockIdx.x) is a strip, one row of the token grid; within a strip
-// indices fit in 32 bits. Every thread writes one 16-byte vector where sizes and addresses allow, else one element.
+// Packing and unpacking of patches on CUDA. A block row (blockIdx.x) is a strip, one row of the token grid; within a
+// strip indices fit in 32 bits. Every thread writes one 16-byte vector where sizes and addresses allow, else
+// one element.
 //
-// pack:   consecutive threads write consecutive features, so a warp stores whole 128-byte lines; it reads `Run` neighbouring
-//         columns of the latents at once, and the other columns of the same sectors in the same warp (a token's neighbours).
-// unpack: two neighbouring vectors of a latent row, then the channels, so that the reads of channel-last tokens coalesce and
-//         the stores fill 32-byte sectors.
+// Packing: consecutive threads write consecutive features, so a warp stores whole 128-byte lines. A thread reads `Run`
+// neighbouring columns of the latents at once; the rest of their sectors goes to threads of the same warp.
+//
+// Unpacking: consecutive threads take two neighbouring vectors of a latent row, then the channels, so that reads of
+// channel-last tokens coalesce and stores fill 32-byte sectors.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,17 +26,22 @@ struct alignas(sizeof(T) * N) Vector {
   T value[N];
 };
 
-template <typename T>
-constexpr bool is_half = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
+// Named conversions: torch's build turns the implicit ones of __half and __nv_bfloat16 off.
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
 
 template <typename To, typename From>
 __device__ __forceinline__ To convert(From x) {
   if constexpr (std::is_same_v<To, From>) {
     return x;
-  } else if constexpr (is_half<From>) {
-    return static_cast<To>(static_cast<float>(x));
+  } else if constexpr (std::is_same_v<To, __half>) {
+    return __float2half_rn(static_cast<float>(widen(x)));
+  } else if constexpr (std::is_same_v<To, __nv_bfloat16>) {
+    return __float2bfloat16_rn(static_cast<float>(widen(x)));
   } else {
-    return static_cast<To>(x);
+    return static_cast<To>(widen(x));
   }
 }
 
@@ -83,8 +90,9 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < Width; j += Run) {
       const Feature f = feature_at(g, first + j);
-      const auto run = *reinterpret_cast<const Vector<Latent, Run>*>(source + f.t * g.latent_stride[1] + f.channel * g.latent_stride[2] +
-                                                                     f.y * g.latent_stride[3] + f.x * g.latent_stride[4]);
+      const auto run = *reinterpret_cast<const Vector<Latent, Run>*>(
+          source + f.t * g.latent_stride[1] + f.channel * g.latent_stride[2] + f.y * g.latent_stride[3] +
+          f.x * g.latent_stride[4]);
 #pragma unroll
       for (int r = 0; r < Run; ++r) out.value[j + r] = convert<Token>(run.value[r]);
     }
@@ -111,8 +119,9 @@ __global__ void __launch_bounds__(kThreads)
       f.x = x % patch_w;
       out.value[j] = convert<Latent>(tokens[at.tokens + x / patch_w * g.token_stride[1] + feature_index(g, f)]);
     }
-    *reinterpret_cast<Vector<Latent, Width>*>(latents + at.latents + f.t * g.latent_stride[1] + f.channel * g.latent_stride[2] +
-                                              f.y * g.latent_stride[3] + vector * Width) = out;
+    *reinterpret_cast<Vector<Latent, Width>*>(latents + at.latents + f.t * g.latent_stride[1] +
+                                              f.channel * g.latent_stride[2] + f.y * g.latent_stride[3] +
+                                              vector * Width) = out;
   }
 }
 
@@ -134,7 +143,9 @@ cudaError_t grid_for(const PatchGeometry& g, int64_t width, dim3* grid) {
   // A strip has to be counted in 32 bits (with room for the doubling of pairs) and strips in one grid dimension.
   if (g.strip_elements() > (int64_t{1} << 29) || g.strips() > INT32_MAX) return cudaErrorInvalidConfiguration;
   const int64_t blocks = (g.strip_elements() / width + kThreads - 1) / kThreads;
-  *grid = dim3(static_cast<unsigned>(g.strips()), static_cast<unsigned>(blocks < 1 ? 1 : blocks > 65535 ? 65535 : blocks));
+  *grid = dim3(static_cast<unsigned>(g.strips()), static_cast<unsigned>(blocks < 1       ? 1
+                                                                        : blocks > 65535 ? 65535
+                                                                                         : blocks));
   return cudaSuccess;
 }
 
@@ -150,7 +161,8 @@ cudaError_t start_pack(const void* latents, void* tokens, const PatchGeometry& g
 template <typename Latent, typename Token>
 cudaError_t pack(const void* latents, void* tokens, const PatchGeometry& g, cudaStream_t stream) {
   constexpr int width = kVectorBytes / sizeof(Token);
-  if (!tokens_allow(g, tokens, width, sizeof(Token))) return start_pack<Latent, Token, 1, 1>(latents, tokens, g, stream);
+  if (!tokens_allow(g, tokens, width, sizeof(Token)))
+    return start_pack<Latent, Token, 1, 1>(latents, tokens, g, stream);
   const auto run_fits = [&](int64_t run) {
     return !g.channels_last && g.patch_w % run == 0 && latents_allow(g, latents, run, sizeof(Latent));
   };

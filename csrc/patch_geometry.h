@@ -17,7 +17,9 @@ struct PatchGeometry {
   int64_t channels, patch_t, patch_h, patch_w;
   int64_t latent_stride[5];  // batch, frame, channel, row, column, in elements
   int64_t token_stride[2];   // batch, token, in elements; the features of a token are dense
-  bool channels_last;        // features ordered (t, h, w, channel), the order of the head; else (channel, t, h, w), that of a Conv3d weight
+  // Features ordered (t, h, w, channel), as the head writes them; else (channel, t, h, w), as a Conv3d weight reads
+  // them.
+  bool channels_last;
 
   ANYFLOW_HOST_DEVICE int64_t features() const { return channels * patch_t * patch_h * patch_w; }
   // A strip is one row of the token grid: the unit of work of a CPU thread and of a CUDA block.

@@ -2,8 +2,12 @@
 // Fakes and autograd are in anyflow_kernels/patch_embed.py.
 #include <Python.h>
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "patch_ops.h"
 
@@ -44,10 +48,11 @@ void set_strides(PatchGeometry& g, const Tensor& latents, const Tensor& tokens) 
 }
 
 Tensor pack_patches(const Tensor& latents, IntArrayRef patch_size, bool channels_last, ScalarType dtype) {
-  TORCH_CHECK(floating(latents.scalar_type()) && floating(dtype), "pack_patches: got ", latents.scalar_type(), " to ", dtype,
-              ", expected float32, bfloat16, float16 or float64");
+  TORCH_CHECK(floating(latents.scalar_type()) && floating(dtype), "pack_patches: got ", latents.scalar_type(), " to ",
+              dtype, ", expected float32, bfloat16, float16 or float64");
   PatchGeometry g = split(latents.sizes(), patch_size, channels_last);
-  Tensor tokens = at::empty({g.batch, tokens_per_sample(g), g.features()}, latents.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+  Tensor tokens = at::empty({g.batch, tokens_per_sample(g), g.features()},
+                            latents.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
   if (tokens.numel() == 0) return tokens;
   set_strides(g, latents, tokens);
 #ifdef ANYFLOW_WITH_CUDA
@@ -60,14 +65,17 @@ Tensor pack_patches(const Tensor& latents, IntArrayRef patch_size, bool channels
   return tokens;
 }
 
-Tensor unpack_patches(const Tensor& tokens, IntArrayRef size, IntArrayRef patch_size, bool channels_last, ScalarType dtype) {
-  TORCH_CHECK(floating(tokens.scalar_type()) && floating(dtype), "unpack_patches: got ", tokens.scalar_type(), " to ", dtype,
-              ", expected float32, bfloat16, float16 or float64");
+Tensor unpack_patches(const Tensor& tokens, IntArrayRef size, IntArrayRef patch_size, bool channels_last,
+                      ScalarType dtype) {
+  TORCH_CHECK(floating(tokens.scalar_type()) && floating(dtype), "unpack_patches: got ", tokens.scalar_type(), " to ",
+              dtype, ", expected float32, bfloat16, float16 or float64");
   PatchGeometry g = split(size, patch_size, channels_last);
   TORCH_CHECK(tokens.dim() == 3 && tokens.size(0) == g.batch && tokens.size(1) == tokens_per_sample(g) &&
                   tokens.size(2) == g.features(),
-              "tokens: got ", tokens.sizes(), ", expected (", g.batch, ", ", tokens_per_sample(g), ", ", g.features(), ")");
-  const bool remainder = g.frames * g.patch_t != size[1] || g.rows * g.patch_h != size[3] || g.columns * g.patch_w != size[4];
+              "tokens: got ", tokens.sizes(), ", expected (", g.batch, ", ", tokens_per_sample(g), ", ", g.features(),
+              ")");
+  const bool remainder =
+      g.frames * g.patch_t != size[1] || g.rows * g.patch_h != size[3] || g.columns * g.patch_w != size[4];
   const auto options = tokens.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous);
   Tensor latents = remainder ? at::zeros(size, options) : at::empty(size, options);
   if (tokens.numel() == 0) return latents;
@@ -83,9 +91,26 @@ Tensor unpack_patches(const Tensor& tokens, IntArrayRef size, IntArrayRef patch_
   return latents;
 }
 
-// out (rows, D) = packed (rows, K) @ weight (D, K)^T + bias
+// oneDNN's fp32 GEMM, or null where torch has none. Measured on an AMD EPYC: 215 GFLOP/s a core against 70 to 100 of
+// MKL, which keeps its AVX-512 code for Intel. It cannot write into a given tensor.
+const c10::OperatorHandle* onednn_linear() {
+  static const auto handle = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  return handle && at::globalContext().userEnabledMkldnn() ? &*handle : nullptr;
+}
+
+// packed (rows, K) @ weight (D, K)^T + bias, into `out` (rows, D)
 void project(const Tensor& packed, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out) {
-  if (bias) {
+  if (packed.is_cpu() && packed.scalar_type() == at::kFloat && onednn_linear()) {
+    constexpr int64_t kBlockRows = 512;  // so that the copy finds the block in the cache
+    const at::AutoDispatchBelowAutograd guard;
+    for (int64_t row = 0; row < packed.size(0); row += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, packed.size(0) - row);
+      torch::jit::Stack stack{
+          packed.narrow(0, row, rows), weight, bias, "none", c10::List<std::optional<at::Scalar>>(), ""};
+      onednn_linear()->callBoxed(stack);
+      out.narrow(0, row, rows).copy_(stack.at(0).toTensor());
+    }
+  } else if (bias) {
     at::addmm_out(out, *bias, packed, weight.t());
   } else {
     at::mm_out(out, packed, weight.t());
@@ -93,8 +118,8 @@ void project(const Tensor& packed, const Tensor& weight, const std::optional<Ten
 }
 
 void embed_into(const Tensor& latents, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target) {
-  const Tensor packed = pack_patches(latents, weight.sizes().slice(2), false, weight.scalar_type());
   if (target.numel() == 0) return;
+  const Tensor packed = pack_patches(latents, weight.sizes().slice(2), false, weight.scalar_type());
   const Tensor matrix = weight.reshape({weight.size(0), -1});
   if (target.is_contiguous()) {
     project(packed.flatten(0, 1), matrix, bias, target.flatten(0, 1));
@@ -104,29 +129,32 @@ void embed_into(const Tensor& latents, const Tensor& weight, const std::optional
 }
 
 void check_embed(const Tensor& latents, const Tensor& weight, const std::optional<Tensor>& bias) {
-  TORCH_CHECK(latents.dim() == 5 && weight.dim() == 5 && weight.size(1) == latents.size(2), "weight: got ", weight.sizes(),
-              ", expected (D, C, pt, ph, pw) for latents (B, F, C, H, W) of ", latents.sizes());
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == weight.scalar_type()),
-              "bias: expected shape (", weight.size(0), ",) and dtype ", weight.scalar_type());
+  TORCH_CHECK(latents.dim() == 5 && weight.dim() == 5 && weight.size(1) == latents.size(2), "weight: got ",
+              weight.sizes(), ", expected (D, C, pt, ph, pw) for latents (B, F, C, H, W) of ", latents.sizes());
+  TORCH_CHECK(
+      !bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == weight.scalar_type()),
+      "bias: expected shape (", weight.size(0), ",) and dtype ", weight.scalar_type());
 }
 
 Tensor patch_embed(const Tensor& latents, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_embed(latents, weight, bias);
   const PatchGeometry g = split(latents.sizes(), weight.sizes().slice(2), false);
-  Tensor tokens = at::empty({g.batch, tokens_per_sample(g), weight.size(0)}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor tokens = at::empty({g.batch, tokens_per_sample(g), weight.size(0)},
+                            weight.options().memory_format(at::MemoryFormat::Contiguous));
   embed_into(latents, weight, bias, tokens);
   return tokens;
 }
 
-void patch_embed_out(const Tensor& latents, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out, int64_t offset) {
+void patch_embed_out(const Tensor& latents, const Tensor& weight, const std::optional<Tensor>& bias, Tensor out,
+                     int64_t offset) {
   check_embed(latents, weight, bias);
   const int64_t count = tokens_per_sample(split(latents.sizes(), weight.sizes().slice(2), false));
   TORCH_CHECK(out.dim() == 3 && out.size(0) == latents.size(0) && out.size(2) == weight.size(0) &&
                   out.scalar_type() == weight.scalar_type() && out.stride(2) == 1,
-              "out: got ", out.sizes(), " ", out.scalar_type(), ", expected (", latents.size(0), ", T, ", weight.size(0), ") ",
-              weight.scalar_type(), " with a dense last dimension");
-  TORCH_CHECK(offset >= 0 && offset + count <= out.size(1), "out: holds T=", out.size(1), " tokens, need offset + tokens = ",
-              offset + count);
+              "out: got ", out.sizes(), " ", out.scalar_type(), ", expected (", latents.size(0), ", T, ",
+              weight.size(0), ") ", weight.scalar_type(), " with a dense last dimension");
+  TORCH_CHECK(offset >= 0 && offset + count <= out.size(1), "out: holds T=", out.size(1),
+              " tokens, need offset + tokens = ", offset + count);
   embed_into(latents, weight, bias, out.narrow(1, offset, count));
 }
 
@@ -138,15 +166,17 @@ TORCH_LIBRARY(anyflow, m) {
   m.def("patch_embed(Tensor latents, Tensor weight, Tensor? bias) -> Tensor", tags);
   m.def("patch_embed_out(Tensor latents, Tensor weight, Tensor? bias, Tensor(a!) out, SymInt offset) -> ()", tags);
   m.def("pack_patches(Tensor latents, int[3] patch_size, bool channels_last, ScalarType dtype) -> Tensor", tags);
-  m.def("unpack_patches(Tensor tokens, SymInt[] size, int[3] patch_size, bool channels_last, ScalarType dtype) -> Tensor", tags);
+  m.def(
+      "unpack_patches(Tensor tokens, SymInt[] size, int[3] patch_size, bool channels_last, ScalarType dtype) -> Tensor",
+      tags);
 }
 
-#define ANYFLOW_REGISTER(KEY)                     \
-  TORCH_LIBRARY_IMPL(anyflow, KEY, m) {           \
-    m.impl("patch_embed", &patch_embed);          \
-    m.impl("patch_embed_out", &patch_embed_out);  \
-    m.impl("pack_patches", &pack_patches);        \
-    m.impl("unpack_patches", &unpack_patches);    \
+#define ANYFLOW_REGISTER(KEY)                    \
+  TORCH_LIBRARY_IMPL(anyflow, KEY, m) {          \
+    m.impl("patch_embed", &patch_embed);         \
+    m.impl("patch_embed_out", &patch_embed_out); \
+    m.impl("pack_patches", &pack_patches);       \
+    m.impl("unpack_patches", &unpack_patches);   \
   }
 
 ANYFLOW_REGISTER(CPU)

@@ -1,4 +1,5 @@
-// The device-specific half of the patch operations: data movement between strided latents and tokens, converting the dtype.
+// The device-specific half of the patch operations: data movement between strided latents and tokens, converting the
+// dtype.
 #pragma once
 
 #include <ATen/core/Tensor.h>

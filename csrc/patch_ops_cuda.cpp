@@ -23,14 +23,14 @@ Element element_of(const at::Tensor& tensor) {
 
 void pack_cuda(const at::Tensor& latents, at::Tensor& tokens, const PatchGeometry& g) {
   const c10::cuda::CUDAGuard guard(latents.device());
-  C10_CUDA_CHECK(launch_pack(latents.const_data_ptr(), element_of(latents), tokens.mutable_data_ptr(), element_of(tokens), g,
-                             c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_pack(latents.const_data_ptr(), element_of(latents), tokens.mutable_data_ptr(),
+                             element_of(tokens), g, c10::cuda::getCurrentCUDAStream()));
 }
 
 void unpack_cuda(const at::Tensor& tokens, at::Tensor& latents, const PatchGeometry& g) {
   const c10::cuda::CUDAGuard guard(tokens.device());
-  C10_CUDA_CHECK(launch_unpack(tokens.const_data_ptr(), element_of(tokens), latents.mutable_data_ptr(), element_of(latents), g,
-                               c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_unpack(tokens.const_data_ptr(), element_of(tokens), latents.mutable_data_ptr(),
+                               element_of(latents), g, c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace anyflow
