@@ -149,7 +149,8 @@ class FarLayout:
 
     @property
     def num_key_tokens(self) -> int:
-        return self.segments[-1].end
+        full = self.num_full_frames * self.full_grid[0] * self.full_grid[1]
+        return self.num_compressed_frames * self.compressed_grid[0] * self.compressed_grid[1] + full * (1 + self.clean)
 
     @property
     def num_query_tokens(self) -> int:

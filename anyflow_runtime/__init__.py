@@ -30,7 +30,27 @@ _NAMES_OF = {
         "FlowMatchUniPCScheduler",
         "FlowMatchUniPCSchedulerConfig",
     ),
-    "streaming": ("InstantiateConfig", "PrintableConfig", "derive_config"),
+    "encoders": ("Encoder", "NullEncoder", "NullEncoderConfig", "StreamingEncoder", "StreamingVideoEncoder"),
+    "decoders": ("StreamingDecoder", "StreamingVideoDecoder"),
+    "streaming": (
+        "AnyFlowBidirectionalStream",
+        "AnyFlowBidirectionalStreamConfig",
+        "AnyFlowFARStream",
+        "AnyFlowFARStreamConfig",
+        "DiffusionModel",
+        "DiffusionModelConfig",
+        "FinalState",
+        "InstantiateConfig",
+        "PrintableConfig",
+        "StreamInferencePipeline",
+        "StreamInferencePipelineCache",
+        "StreamInferencePipelineConfig",
+        "Transformer",
+        "TransformerAutoregressiveCache",
+        "TransformerConfig",
+        "derive_config",
+        "stream",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 

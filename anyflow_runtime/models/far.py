@@ -356,7 +356,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         """All query tokens in one slab, (B, Lq, D): compressed frames, full frames, clean frames."""
         parts = [(self.far_patch_embedding, compressed), (self.patch_embedding, full), (self.patch_embedding, clean)]
         present = [(module, x) for module, x in parts if x is not None and x.shape[1]]
-        if torch.is_grad_enabled() or len(present) == 1:
+        if len(present) == 1:
+            return self._patchify(*present[0])
+        if torch.is_grad_enabled():
             return torch.cat([self._patchify(module, x) for module, x in present], dim=1)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         slab = torch.empty(full.shape[0], layout.num_query_tokens, dim, dtype=self.dtype, device=full.device)

@@ -12,20 +12,45 @@ if TYPE_CHECKING:
     from .config import derive_config as derive_config
 
 # Loaded on first use: the schedulers import `streaming.config`, and the pipeline imports the schedulers.
-_EXPORTS = {
-    "FrozenDict": "config",
-    "InstantiateConfig": "config",
-    "PrintableConfig": "config",
-    "derive_config": "config",
+_NAMES_OF = {
+    "adapter": ("AnyFlowStream", "AnyFlowStreamConfig", "Condition"),
+    "bidirectional_stream": (
+        "AnyFlowBidirectionalStream",
+        "AnyFlowBidirectionalStreamCache",
+        "AnyFlowBidirectionalStreamConfig",
+    ),
+    "config": ("FrozenDict", "InstantiateConfig", "PrintableConfig", "derive_config"),
+    "diffusion_model": ("DiffusionModel", "DiffusionModelConfig", "FinalState"),
+    "errors": ("LifecycleError", "NonFiniteError"),
+    "far_stream": ("AnyFlowFARStream", "AnyFlowFARStreamCache", "AnyFlowFARStreamConfig"),
+    "kv_cache": ("RollingKVCache",),
+    "library": ("Change", "stream"),
+    "pipeline": ("StreamInferencePipeline", "StreamInferencePipelineCache", "StreamInferencePipelineConfig"),
+    "presets": ("PRESETS", "preset", "released_pipeline"),
+    "profiler": ("EventProfiler",),
+    "transformer": ("Transformer", "TransformerAutoregressiveCache", "TransformerConfig"),
+    # Defined with the models they belong to, and part of the streaming documents.
+    "..decoders.base": ("DecoderConfig", "StreamingDecoder", "StreamingDecoderCache", "StreamingVideoDecoder"),
+    "..encoders.base": (
+        "Encoder",
+        "EncoderConfig",
+        "NullEncoder",
+        "NullEncoderConfig",
+        "StreamingEncoder",
+        "StreamingEncoderCache",
+        "StreamingVideoEncoder",
+    ),
 }
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    module = _MODULE_OF[name]
+    return getattr(importlib.import_module(module if module.startswith(".") else f".{module}", __name__), name)
 
 
 def __dir__() -> list[str]:

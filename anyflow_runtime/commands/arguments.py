@@ -1,0 +1,94 @@
+"""Types of command line arguments, shared by the commands: each takes the text and returns the value."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from . import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+}
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def whole_number(minimum: int) -> type:
+    """The type of integers from `minimum` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number >= {minimum}")
+        return value
+
+    return parse  # type: ignore[return-value]
+
+
+def frame_size(text: str) -> tuple[int, int]:
+    """`HxW`, as in 480x832: height and width in pixels."""
+    height, separator, width = text.lower().partition("x")
+    if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 480x832")
+    return int(height), int(width)
+
+
+def chunk_partition(text: str) -> tuple[int, ...]:
+    """`1,3,3`: latent frames per chunk."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected latent frames per chunk, such as 1,3,3")
+    return tuple(int(part) for part in parts)
+
+
+def guidance_scale(text: str) -> float:
+    """A number >= 1; 1 is no guidance."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 1.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number >= 1 (1: no guidance)")
+    return value
+
+
+def dtype_name(text: str) -> str:
+    """The name of a dtype in torch, from it or its short form."""
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[text]
+
+
+def resolve_device(text: str | None) -> torch.device:
+    """The device named, or the first GPU, or the CPU. A GPU becomes the current one.
+
+    Raises:
+        UsageError: on a device that torch does not know or that is not here.
+    """
+    import torch
+
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: got {text!r}, expected cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device: got {text!r}, but torch {torch.__version__} sees {count} CUDA device(s) here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,265 @@
+"""The arguments of `anyflow generate`, all checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anyflow_kernels import load_ops
+
+from ..video_io import read_image, read_video
+from . import UsageError
+from .arguments import resolve_device
+from .model_directory import ModelDirectory, read_model_directory
+
+TEMPORAL_RATIO = 4  # frames per latent frame, after the first
+SIZE_MULTIPLE = 16  # of the VAE (8) and a patch (2)
+OUTPUTS = (".mp4", ".gif", ".png")
+_DEFAULT_FRAMES = 81
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to generate, from arguments that fit together.
+
+    Attributes:
+        prompt, negative_prompt: texts; None where embeddings are given, or none is wanted.
+        embeds: "prompt_embeds" and maybe "negative_prompt_embeds", (1, S, text_dim) each, or empty.
+        context: (1, T, 3, height, width) in [0, 1], the frames the video begins with, or None.
+        chunks: latent frames per chunk, or None for a model that is not causal.
+        frames: of the video, context included.
+        size: height and width in pixels.
+    """
+
+    model: ModelDirectory
+    prompt: str | None
+    negative_prompt: str | None
+    embeds: dict[str, Tensor]
+    context: Tensor | None
+    chunks: tuple[int, ...] | None
+    frames: int
+    size: tuple[int, int]
+    steps: int
+    seed: int
+    guidance: float
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    match_diffusers_padding: bool
+    offload: bool
+    compile: bool
+    out: Path
+    fps: int
+    stats: Path | None
+    save_latents: Path | None
+
+    @property
+    def latent_frames(self) -> int:
+        return (self.frames - 1) // TEMPORAL_RATIO + 1
+
+
+def check_request(args: argparse.Namespace) -> GenerateRequest:
+    """The request, or an error that names the argument, what came and what was expected.
+
+    Raises:
+        UsageError, OSError, ValueError: on anything that cannot work; nothing has been loaded or written then.
+    """
+    device = resolve_device(args.device)
+    load_ops(args.backend)  # raises, with the reason, if it cannot run here
+    if args.offload and device.type != "cuda":
+        raise UsageError(f"--offload: got with --device {device}, expected a GPU to offload from")
+    out = Path(args.out)
+    if out.suffix.lower() not in OUTPUTS:
+        raise UsageError(f"--out: got {args.out!r}, expected a name that ends in {', '.join(OUTPUTS)}")
+    for name, path in (("--out", args.out), ("--stats", args.stats), ("--save-latents", args.save_latents)):
+        _check_writable(name, path)
+    prompt = _prompt(args)
+    model = read_model_directory(args.model, text=args.prompt_embeds is None)
+    if args.match_diffusers_padding and not model.causal:
+        raise UsageError(f"--match-diffusers-padding: got with {model.pipeline}, expected a causal (FAR) model")
+    size = args.size
+    if any(side % SIZE_MULTIPLE for side in size):
+        raise UsageError(f"--size: got {size[0]}x{size[1]}, expected multiples of {SIZE_MULTIPLE}")
+    frames, chunks = _frames_and_chunks(args, model)
+    return GenerateRequest(
+        model=model,
+        prompt=prompt,
+        negative_prompt=args.negative_prompt,
+        embeds=_embeds(args, model),
+        context=_context(args, frames, chunks),
+        chunks=chunks,
+        frames=frames,
+        size=size,
+        steps=args.steps,
+        seed=args.seed,
+        guidance=args.guidance,
+        dtype=_dtype(args.dtype, device),
+        device=device,
+        backend=args.backend,
+        match_diffusers_padding=args.match_diffusers_padding,
+        offload=args.offload,
+        compile=args.compile,
+        out=out,
+        fps=args.fps,
+        stats=Path(args.stats) if args.stats else None,
+        save_latents=Path(args.save_latents) if args.save_latents else None,
+    )
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def _check_writable(name: str, path: str | None) -> None:
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise UsageError(f"{name}: got the directory {path}, expected a file")
+    parent = Path(path).absolute().parent
+    if not parent.is_dir():
+        raise UsageError(f"{name}: no directory {parent}")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{name}: cannot write to {parent}")
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    given = [text for text in (args.prompt_text, args.prompt, args.prompt_embeds) if text is not None]
+    if len(given) != 1:
+        raise UsageError(f"prompt: got {len(given)} of them, expected one: TEXT, --prompt TEXT or --prompt-embeds FILE")
+    if args.negative_prompt is not None:
+        if args.prompt_embeds is not None:
+            raise UsageError("--negative-prompt: got with --prompt-embeds, expected negative_prompt_embeds in its file")
+        if args.guidance == 1.0:
+            raise UsageError("--negative-prompt: has no effect at --guidance 1, expected --guidance above 1")
+    prompt = args.prompt if args.prompt is not None else args.prompt_text
+    if prompt is None or not prompt.endswith(".txt"):
+        return prompt
+    path = Path(prompt)
+    if not path.is_file():
+        raise UsageError(f"--prompt: no file {path}")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt: {path} is not UTF-8 text ({error})") from error
+    if not text:
+        raise UsageError(f"--prompt: {path} is empty")
+    return text
+
+
+def _embeds(args: argparse.Namespace, model: ModelDirectory) -> dict[str, Tensor]:
+    """The tensors of --prompt-embeds that are needed, each (1, S, text_dim)."""
+    if args.prompt_embeds is None:
+        return {}
+    path = Path(args.prompt_embeds)
+    if not path.is_file():
+        raise UsageError(f"--prompt-embeds: no file {path}")
+    needed = ["prompt_embeds"] + (["negative_prompt_embeds"] if args.guidance > 1 else [])
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = sorted(set(needed) - set(file.keys()))
+            if missing:
+                have = ", ".join(file.keys()) or "nothing"
+                raise UsageError(f"--prompt-embeds: {path} holds {have}, expected {', '.join(needed)}")
+            embeds = {name: file.get_tensor(name) for name in needed}
+    except SafetensorError as error:
+        raise UsageError(f"--prompt-embeds: {path} is not a readable safetensors file ({error})") from error
+    width = model.transformer.get("text_dim", 4096)
+    for name, tensor in embeds.items():
+        shape = tuple(tensor.shape)
+        embeds[name] = tensor[None] if tensor.ndim == 2 else tensor
+        if embeds[name].ndim != 3 or embeds[name].shape[0] != 1 or shape[-1] != width or not shape[-2]:
+            raise UsageError(f"--prompt-embeds: {name} is {shape}, expected (tokens, {width}) or (1, tokens, {width})")
+        if not tensor.is_floating_point():
+            raise UsageError(f"--prompt-embeds: {name} is {tensor.dtype}, expected floating point")
+    if len({tensor.shape for tensor in embeds.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in embeds.items())
+        raise UsageError(f"--prompt-embeds: got {shapes}, expected one shape: guidance runs both in one batch")
+    return embeds
+
+
+def _frames_and_chunks(args: argparse.Namespace, model: ModelDirectory) -> tuple[int, tuple[int, ...] | None]:
+    """Frames of the video and its chunks. What is not given follows from the other, or from the model."""
+    if args.chunks is not None and not model.causal:
+        raise UsageError(f"--chunks: got with {model.pipeline}, which has none; expected a causal (FAR) model")
+    own = model.chunk_partition
+    default = sum(args.chunks or own) * TEMPORAL_RATIO - TEMPORAL_RATIO + 1 if args.chunks or own else _DEFAULT_FRAMES
+    frames = args.frames or default
+    if (frames - 1) % TEMPORAL_RATIO:
+        raise UsageError(f"--frames: got {frames}, expected 4n + 1, such as {frames - (frames - 1) % TEMPORAL_RATIO}")
+    if not model.causal:
+        return frames, None
+    latent_frames = (frames - 1) // TEMPORAL_RATIO + 1
+    if args.chunks is not None:
+        total = sum(args.chunks)
+        if total != latent_frames:
+            raise UsageError(
+                f"--chunks: got {list(args.chunks)}, which sums to {total}, expected the {latent_frames} latent frames "
+                f"of {frames} frames"
+            )
+        return frames, args.chunks
+    if sum(own) < latent_frames:
+        raise UsageError(
+            f"--chunks: needed, for the model's own {list(own)} cover {sum(own)} of the {latent_frames} latent frames "
+            f"of {frames} frames"
+        )
+    return frames, _leading(own, latent_frames)
+
+
+def _leading(partition: tuple[int, ...], frames: int) -> tuple[int, ...]:
+    """The first chunks of a partition, the last one cut to end at `frames`."""
+    chunks: list[int] = []
+    for chunk in partition:
+        if sum(chunks) < frames:
+            chunks.append(min(chunk, frames - sum(chunks)))
+    return tuple(chunks)
+
+
+def _context(args: argparse.Namespace, frames: int, chunks: tuple[int, ...] | None) -> Tensor | None:
+    """The given frames, (1, T, 3, H, W) in [0, 1]."""
+    if args.context_frames is not None and args.video is None:
+        raise UsageError("--context-frames: got without --video, of which it takes the first frames")
+    if args.image is None and args.video is None:
+        return None
+    name, path = ("--image", args.image) if args.image is not None else ("--video", args.video)
+    if not Path(path).is_file():
+        raise UsageError(f"{name}: no file {path}")
+    if args.image is not None:
+        context = read_image(path, args.size)[None]
+    else:
+        context = _read_video(path, args.context_frames, frames, args.size)
+    count = len(context)
+    allowed = [n for n in _context_lengths(frames, chunks) if n < frames]
+    if count not in allowed:
+        cure = " (--context-frames takes the first ones of a longer video)" if args.video is not None else ""
+        got = f"{count}{' or more' if count == frames else ''} frames"
+        which = f"{frames} frames" + (f" in chunks {list(chunks)}" if chunks else "")
+        lengths = ", ".join(map(str, allowed)) or "none"
+        raise UsageError(
+            f"{name}: got {got} as context of {which}, expected one of: {lengths}{cure}; "
+            + ("context ends with a chunk" if chunks else "context is 4n + 1 frames")
+            + " and is shorter than the video"
+        )
+    return context[None]
+
+
+def _read_video(path: str, wanted: int | None, frames: int, size: tuple[int, int]) -> Tensor:
+    """The first frames of a video, or all, but no more than the video to generate has: a film would fill the memory."""
+    if wanted is not None:
+        return read_video(path, wanted, size)
+    try:
+        return read_video(path, frames, size)
+    except ValueError:  # it is shorter, as it should be, or damaged, which shows again
+        return read_video(path, None, size)
+
+
+def _context_lengths(frames: int, chunks: tuple[int, ...] | None) -> list[int]:
+    """Frames that end where a latent frame does, and for a causal model where a chunk does."""
+    ends = accumulate(chunks) if chunks else range(1, (frames - 1) // TEMPORAL_RATIO + 2)
+    return [(end - 1) * TEMPORAL_RATIO + 1 for end in ends]

@@ -1,0 +1,142 @@
+"""The stages of `anyflow generate`: load, encode the prompt, encode the context, denoise, decode.
+
+Each takes the pipeline and the request. Decoding is an iterator over frames, so that it can run while they are written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..acceleration import accelerate
+from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from . import UsageError
+from .generate_request import GenerateRequest
+from .model_directory import TEXT_COMPONENTS
+
+MAX_PROMPT_TOKENS = 512  # of the released models
+
+
+def load(request: GenerateRequest) -> Any:
+    """The diffusers pipeline on our transformer, whose weights go straight to the device; without a text encoder if
+    there are embeddings.
+
+    Raises:
+        UsageError: if diffusers is missing or the directory does not load.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UsageError(f"generate needs diffusers: pip install 'anyflow-kernels[diffusers]' ({error})") from error
+    if not sys.stderr.isatty():
+        _hide_loading_bars()
+    model = request.model
+    transformer_class = AnyFlowFARTransformer3DModel if model.causal else AnyFlowTransformer3DModel
+    absent = {} if request.prompt is not None else dict.fromkeys(TEXT_COMPONENTS)
+    # Under offloading the pipeline brings each model to the GPU when it is its turn.
+    device = torch.device("cpu") if request.offload else request.device
+    try:
+        transformer = transformer_class.from_pretrained(
+            model.path, subfolder="transformer", dtype=request.dtype, device=device, backend=request.backend
+        )
+        pipe = getattr(diffusers, model.pipeline).from_pretrained(
+            model.path, dtype=request.dtype, local_files_only=True, use_safetensors=True, transformer=None, **absent
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a library makes of a damaged file
+        raise UsageError(f"--model: {model.path} does not load: {type(error).__name__}: {error}") from error
+    pipe.register_modules(transformer=transformer)  # `from_pretrained` takes no class but diffusers' own
+    accelerate(
+        pipe,
+        backend=request.backend,
+        match_diffusers_padding=request.match_diffusers_padding,
+        compile=request.compile,
+    )
+    pipe.set_progress_bar_config(disable=None)  # on a terminal only
+    if request.offload:
+        pipe.enable_model_cpu_offload(device=request.device)
+    else:
+        pipe.to(request.device)
+    return pipe
+
+
+def _hide_loading_bars() -> None:
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@torch.no_grad()
+def encode_text(pipe: Any, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of the prompt and, under guidance, of the negative prompt, (1, S, text_dim)."""
+    if request.embeds:
+        embeds = {name: tensor.to(request.device, request.dtype) for name, tensor in request.embeds.items()}
+        return embeds["prompt_embeds"], embeds.get("negative_prompt_embeds")
+    return pipe.encode_prompt(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        do_classifier_free_guidance=request.guidance > 1,
+        max_sequence_length=MAX_PROMPT_TOKENS,
+        device=request.device,
+    )
+
+
+@torch.no_grad()
+def encode_context(pipe: Any, request: GenerateRequest) -> Tensor:
+    """Latents of the given frames, (1, F, C, H/8, W/8)."""
+    height, width = request.size
+    hook = getattr(pipe.vae, "_hf_hook", None)
+    if hook is not None:  # the pipeline calls a part of the VAE, which offloading does not notice
+        hook.pre_forward(pipe.vae)
+    return pipe.encode_video(request.context, height=height, width=width)
+
+
+def denoise(
+    pipe: Any,
+    request: GenerateRequest,
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    context_latents: Tensor | None,
+    on_step: Callable[[], None],
+) -> Tensor:
+    """Latents of the video, (1, C, F, H/8, W/8), normalised; `on_step` is called after every denoising step."""
+
+    def after_step(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    height, width = request.size
+    result = pipe(
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        video_latents=context_latents,
+        height=height,
+        width=width,
+        num_frames=request.frames,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        generator=torch.Generator().manual_seed(request.seed),  # of the CPU: the same video on every device
+        output_type="latent",
+        callback_on_step_end=after_step,
+        **({"chunk_partition": list(request.chunks)} if request.chunks else {}),
+    )
+    return result.frames
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Iterator[Tensor]:
+    """Frames of latents (1, C, F, h, w): one or several parts (T, 3, H, W) in [-1, 1]."""
+    vae = pipe.vae
+    mean, std = (
+        torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
+    yield video[0].transpose(0, 1)

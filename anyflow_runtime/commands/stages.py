@@ -1,0 +1,50 @@
+"""Seconds per stage of a command, and the most memory it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StageClock:
+    """Adds up wall seconds per stage, in the order the stages first ran. On CUDA a stage ends when its kernels have.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + self.now() - start
+
+    def now(self) -> float:
+        """A time in seconds at which all work issued so far is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Bytes: `process` resident at its peak, where the system tells, and on CUDA `device` allocated at its peak."""
+        peak = {}
+        if sys.platform != "win32":
+            import resource
+
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak["process"] = resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB
+        if self._device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self._device)
+        return peak

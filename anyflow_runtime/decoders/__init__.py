@@ -1,0 +1,36 @@
+"""Decoders: the clean latents of a chunk to frames."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Loaded on first use, so that the contracts cost no import of the models.
+_EXPORTS = {
+    "AsyncDecoder": "async_decoder",
+    "DecoderConfig": "base",
+    "PendingFrames": "async_decoder",
+    "PixelDecoder": "pixels",
+    "PixelDecoderConfig": "pixels",
+    "StreamOrderError": "..encoders.causal_time",
+    "StreamingDecoder": "base",
+    "StreamingDecoderCache": "base",
+    "StreamingVideoDecoder": "base",
+    "TemporalSizeError": "..encoders.causal_time",
+    "WanVAEStreamDecoder": "wan_vae",
+    "WanVAEStreamDecoderCache": "wan_vae",
+    "WanVAEStreamDecoderConfig": "wan_vae",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _EXPORTS[name]
+    return getattr(importlib.import_module(module if module.startswith(".") else f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,62 @@
+"""Pixels as latents: the decoder of models that work on pixels, such as the demo model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..encoders.wan_loading import check_frames
+from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelDecoderConfig(DecoderConfig):
+    """Config of `PixelDecoder`.
+
+    Args:
+        channels: of the video.
+        block: side of the square of pixels that one latent's `channels * block**2` channels hold.
+    Raises:
+        ValueError: at construction, for counts below one.
+    """
+
+    _target: type[PixelDecoder] = field(default_factory=lambda: PixelDecoder)
+    channels: int = 3
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels < 1 or self.block < 1:
+            raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
+
+
+class PixelDecoder(StreamingVideoDecoder[StreamingDecoderCache]):
+    """Latents to video without loss, the inverse of `PixelEncoder`, clamped to [-1, 1]."""
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return self.config.block
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        return 1
+
+    def initialize_autoregressive_cache(self) -> StreamingDecoderCache:
+        """An empty cache: the frames do not depend on each other."""
+        return StreamingDecoderCache()
+
+    @torch.no_grad()
+    def forward(
+        self, input: Tensor, autoregressive_index: int = 0, cache: StreamingDecoderCache | None = None
+    ) -> Tensor:
+        """(..., T, C * block**2, h, w) latents -> (..., T, C, h * block, w * block) video in [-1, 1].
+
+        Raises:
+            ValueError: for a shape that is no such latents.
+        """
+        check_frames("input", input, self.config.channels * self.config.block**2)
+        self.get_output_temporal_size(autoregressive_index, input.shape[-4])
+        return F.pixel_shuffle(input, self.config.block).clamp(-1.0, 1.0)

@@ -1,0 +1,265 @@
+"""Streaming decoder of the Wan VAE: chunk by chunk, with the same frames as decoding the whole video at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..encoders.causal_time import StreamOrderError
+from ..encoders.wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
+from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
+from .wan_blocks import decode_frames, upsample_convs
+
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
+
+History = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanVAEStreamDecoderConfig(DecoderConfig):
+    """Config of `WanVAEStreamDecoder`.
+
+    Args:
+        path: diffusers directory or hub id to load from; None if the VAE is given to `setup(vae=...)`.
+        subfolder: of `path`, where the VAE lies.
+        dtype: of weights and video; None keeps that of the VAE.  The layers' norms are fp32 inside in any case.
+        latent_frames_per_pass: longer chunks are decoded in several passes, which bounds the memory.
+        tile_size: side in pixels of the spatial tiles larger frames are decoded in; None decodes them whole.
+            Tiles save memory and change the picture slightly, as the attention sees one tile at a time.
+        tile_stride: distance in pixels between tiles; what overlaps is blended.
+        compile_mode: "default" or "max-autotune-no-cudagraphs" runs a pass through torch.compile, once for each
+            chunk size.  A pass launches some 150 kernels for tens of milliseconds of work at 480p, so capturing it
+            as a CUDA graph is not offered.
+    Raises:
+        ValueError: at construction, for a count below one, a stride beyond the tile or an unknown mode.
+    """
+
+    _target: type[WanVAEStreamDecoder] = field(default_factory=lambda: WanVAEStreamDecoder)
+    path: str | None = None
+    subfolder: str | None = "vae"
+    dtype: torch.dtype | None = None
+    latent_frames_per_pass: int = 4
+    tile_size: int | None = None
+    tile_stride: int = 192
+    compile_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latent_frames_per_pass < 1:
+            raise ValueError(f"latent_frames_per_pass: expected at least 1, got {self.latent_frames_per_pass}")
+        if self.tile_size is not None and not 0 < self.tile_stride <= self.tile_size:
+            raise ValueError(f"tile_stride: expected 1 to tile_size = {self.tile_size}, got {self.tile_stride}")
+        if self.compile_mode is not None and self.compile_mode not in COMPILE_MODES:
+            raise ValueError(f"compile_mode: expected None or one of {COMPILE_MODES}, got {self.compile_mode!r}")
+
+
+@dataclass
+class WanVAEStreamDecoderCache(StreamingDecoderCache):
+    """The causal history of one rollout: two frames before every convolution, whatever the length of the video.
+
+    The decoder replaces `history` as a whole once a chunk is decoded, and never writes into its tensors; a copy of
+    this object (`copy.copy`) is therefore a branch of the rollout.
+    """
+
+    history: tuple[History, ...] | None = None  # one per tile
+    latent_shape: tuple[int, ...] | None = None  # (B, C, h, w) of every chunk of this rollout
+    autoregressive_index: int = -1  # of the last chunk decoded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the history."""
+        return sum(tensor.nbytes for tile in self.history or () for tensor in tile)
+
+
+class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
+    """Normalised latents in, video out, a chunk at a time.
+
+    Chunked output equals decoding everything at once for every split into chunks, single latent frames anywhere
+    included; rollouts with a cache each may interleave.  Inference only: no gradients.
+
+    Args:
+        config: a `WanVAEStreamDecoderConfig`.
+        vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`.  It
+            keeps working; its convolution weights take the channels_last layout.  Weights loaded into it later do not
+            reach this decoder completely.
+    Raises:
+        ValueError: if not exactly one of `vae` and `config.path` is given, or tiles do not fit the latent grid.
+        ImportError: without diffusers.
+    """
+
+    def __init__(self, config: WanVAEStreamDecoderConfig, vae: Any = None) -> None:
+        super().__init__(config)
+        vae = wan_vae(vae, config.path, config.subfolder, config.dtype)
+        self._spatial_ratio, self._temporal_ratio = spatial_ratio(vae), temporal_ratio(vae)
+        self._patch = vae.config.patch_size or 1
+        self._latent_channels = vae.config.z_dim
+        self._channels = vae.config.out_channels // self._patch**2
+        self._tile = self._latent_tile()
+        self.decoder: Any = owned_half(vae.decoder, config.dtype)
+        self.upsample_convs = upsample_convs(self.decoder)
+        self.input_weight, self.input_bias = _folded_input(vae)
+        self._pass = self._decode_pass
+        if config.compile_mode is not None:
+            self._pass = torch.compile(self._decode_pass, mode=config.compile_mode, fullgraph=True, dynamic=False)
+
+    def _latent_tile(self) -> tuple[int, int] | None:
+        size, stride = self.config.tile_size, self.config.tile_stride
+        if size is None:
+            return None
+        for name, value in (("tile_size", size), ("tile_stride", stride)):
+            if value % self._spatial_ratio:
+                raise ValueError(f"{name}: expected a multiple of {self._spatial_ratio} pixels, got {value}")
+        return size // self._spatial_ratio, stride // self._spatial_ratio
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return self._spatial_ratio
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        return self._temporal_ratio
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the video."""
+        return self.decoder.conv_in.weight.dtype
+
+    def initialize_autoregressive_cache(self) -> WanVAEStreamDecoderCache:
+        """A cache for a new rollout; it takes its sizes from the first chunk."""
+        return WanVAEStreamDecoderCache()
+
+    @torch.no_grad()
+    def forward(
+        self, input: Tensor, autoregressive_index: int = 0, cache: WanVAEStreamDecoderCache | None = None
+    ) -> Tensor:
+        """Decode one chunk.
+
+        Args:
+            input: (..., T, C, h, w) normalised latents, (z - mean) / std; any floating-point dtype, on the device of
+                the weights.
+            autoregressive_index: of the chunk; 0 begins a video.
+            cache: of this rollout, advanced once the chunk is decoded and untouched if anything raises.  None decodes
+                the chunk alone; with an index above 0 its history is taken to be zero.
+        Returns:
+            (..., T', 3, H, W) in [-1, 1], in the dtype of the weights; T' of `get_output_temporal_size`.
+        Raises:
+            ValueError: for a shape that is not latents, or not that of the rollout's other chunks.
+            StreamOrderError: (also an AssertionError) if the index does not follow the last one in `cache`.
+        """
+        check_frames("input", input, self._latent_channels)
+        latents = input.reshape(-1, *input.shape[-4:]).transpose(1, 2)
+        self._check_order(latents, autoregressive_index, cache)
+        frames = self.get_output_temporal_size(autoregressive_index, latents.shape[2])
+        height, width = (side * self._spatial_ratio for side in latents.shape[-2:])
+        video = torch.empty(
+            (latents.shape[0], frames, self._channels, height, width), dtype=self.dtype, device=latents.device
+        )
+
+        history = cache.history if cache is not None else None
+        first, end = autoregressive_index == 0, 0
+        for part in latents.split(self.config.latent_frames_per_pass, dim=2):
+            decoded, history = self._decode_tiles(part, history, first)
+            start, end = end, end + decoded.shape[2]
+            self._write(decoded, video[:, start:end])
+            first = False
+
+        if cache is not None:
+            cache.history, cache.autoregressive_index = history, autoregressive_index
+            cache.latent_shape = _shape_of(latents)
+        return video.reshape(*input.shape[:-4], *video.shape[1:])
+
+    def _check_order(self, latents: Tensor, index: int, cache: WanVAEStreamDecoderCache | None) -> None:
+        if cache is None:
+            return
+        if index != cache.autoregressive_index + 1:
+            raise StreamOrderError(
+                f"autoregressive_index: this cache expects chunk {cache.autoregressive_index + 1}, got {index}"
+            )
+        if cache.latent_shape is not None and cache.latent_shape != _shape_of(latents):
+            raise ValueError(
+                f"input: the rollout's chunks have (B, C, h, w) = {cache.latent_shape}, got {_shape_of(latents)}"
+            )
+
+    def _decode_pass(self, latents: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:
+        x = latents.to(self.input_weight.dtype).contiguous(memory_format=torch.channels_last_3d)
+        x = F.conv3d(x, self.input_weight, self.input_bias).to(self.dtype)
+        return decode_frames(self.decoder, self.upsample_convs, x, past, first)
+
+    def _decode_tiles(
+        self, latents: Tensor, history: tuple[History, ...] | None, first: bool
+    ) -> tuple[Tensor, tuple[History, ...]]:
+        """(B, C, T, h, w) latents -> frames before unpatchify, decoded whole or in blended tiles."""
+        size, stride = self._tile or (0, 0)
+        height, width = latents.shape[-2:]
+        if self._tile is None or (height <= size and width <= size):
+            frames, past = self._pass(latents, None if history is None else history[0], first)
+            return frames, (past,)
+
+        scale = self._spatial_ratio // self._patch
+        overlap, step = (size - stride) * scale, stride * scale
+        out: Tensor | None = None
+        kept: list[History] = []
+        above: dict[int, Tensor] = {}  # bottom edges of the row of tiles above, by column
+        beside: Tensor | None = None  # right edge of the tile to the left
+        for top, left in _tile_corners(height, width, stride):
+            part = latents[..., top : top + size, left : left + size]
+            tile, past = self._pass(part, None if history is None else history[len(kept)], first)
+            kept.append(past)
+            if out is None:
+                out = tile.new_empty((*tile.shape[:3], height * scale, width * scale))
+            if left in above:
+                _blend(above[left], tile, dim=-2)
+            if beside is not None and left > 0:
+                _blend(beside, tile, dim=-1)
+            if overlap:
+                # Copies of the edges, so that the tiles themselves can be freed.
+                above[left], beside = tile[..., -overlap:, :].clone(), tile[..., -overlap:].clone()
+            y, x = top * scale, left * scale
+            out[..., y : y + step, x : x + step] = tile[..., :step, :step]
+        assert out is not None
+        return out, tuple(kept)
+
+    def _write(self, frames: Tensor, video: Tensor) -> None:
+        """Clamp (B, C * p * p, T, H, W) into (B, T, C, H * p, W * p)."""
+        p = self._patch
+        frames = frames.transpose(1, 2)
+        if p > 1:
+            frames = frames.unflatten(2, (-1, p, p)).permute(0, 1, 2, 5, 4, 6, 3)  # width phase outermost: (C, pw, ph)
+            frames = frames.reshape(video.shape)
+        torch.clamp(frames, -1.0, 1.0, out=video)
+
+
+def _shape_of(latents: Tensor) -> tuple[int, ...]:
+    return tuple(latents.shape[:2] + latents.shape[3:])
+
+
+def _folded_input(vae: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Denormalisation and the 1x1x1 convolution in front of the decoder, W (z * std + mean) + b, as one, in fp32."""
+    mean, std = latent_statistics(vae)
+    conv = vae.post_quant_conv
+    weight = conv.weight.detach().double()
+    bias = conv.bias.detach().double() + weight.flatten(1) @ mean
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    weight = weight * std.view(1, -1, 1, 1, 1)
+    return nn.Parameter(weight.to(dtype), requires_grad=False), nn.Parameter(bias.to(dtype), requires_grad=False)
+
+
+def _tile_corners(height: int, width: int, stride: int) -> Iterator[tuple[int, int]]:
+    for top in range(0, height, stride):
+        for left in range(0, width, stride):
+            yield top, left
+
+
+def _blend(before: Tensor, tile: Tensor, dim: int) -> None:
+    """Fade from the last rows (or columns) of the neighbour into the first of `tile`, in place."""
+    extent = min(before.shape[dim], tile.shape[dim])
+    wide = torch.promote_types(tile.dtype, torch.float32)
+    ramp = torch.arange(extent, device=tile.device, dtype=wide) / extent
+    ramp = ramp.view(-1, 1) if dim == -2 else ramp
+    edge = tile.narrow(dim, 0, extent)
+    edge.copy_(torch.lerp(before.narrow(dim, before.shape[dim] - extent, extent).to(wide), edge.to(wide), ramp))

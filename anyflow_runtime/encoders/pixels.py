@@ -1,0 +1,71 @@
+"""Pixels as latents: the codec of models that work on pixels, such as the demo model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder
+from .wan_loading import check_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelEncoderConfig(EncoderConfig):
+    """Config of `PixelEncoder`.
+
+    Args:
+        channels: of the video.
+        block: pixels of a block x block square become the channels of one latent, `channels * block**2` of them.
+        pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1]; latents are in [-1, 1].
+    Raises:
+        ValueError: at construction, for counts below one or an unknown range.
+    """
+
+    _target: type[PixelEncoder] = field(default_factory=lambda: PixelEncoder)
+    channels: int = 3
+    block: int = 1
+    pixel_range: str = "signed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels < 1 or self.block < 1:
+            raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
+        if self.pixel_range not in ("signed", "unit"):
+            raise ValueError(f"pixel_range: expected 'signed' or 'unit', got {self.pixel_range!r}")
+
+
+class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
+    """Video to latents without loss: a space-to-depth rearrangement, one latent frame for each pixel frame."""
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        return self.config.block
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        return 1
+
+    def initialize_autoregressive_cache(self) -> StreamingEncoderCache:
+        """An empty cache: the frames do not depend on each other."""
+        return StreamingEncoderCache()
+
+    @torch.no_grad()
+    def forward(
+        self, input: Tensor, autoregressive_index: int = 0, cache: StreamingEncoderCache | None = None
+    ) -> Tensor:
+        """(..., T, C, H, W) video -> (..., T, C * block**2, H / block, W / block) latents in [-1, 1].
+
+        Raises:
+            ValueError: for a shape that is no such video.
+        """
+        check_frames("input", input, self.config.channels)
+        if input.shape[-2] % self.config.block or input.shape[-1] % self.config.block:
+            raise ValueError(
+                f"input: height and width must be multiples of {self.config.block}, got {tuple(input.shape[-2:])}"
+            )
+        self.get_output_temporal_size(autoregressive_index, input.shape[-4])
+        latents = F.pixel_unshuffle(input, self.config.block)
+        return latents * 2 - 1 if self.config.pixel_range == "unit" else latents

@@ -1,0 +1,81 @@
+"""What the Wan VAE encoder and decoder share: getting the weights, their layout, and the compression ratios."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtype | None) -> Any:
+    """`vae` itself, or diffusers' `AutoencoderKLWan` loaded from `path`.
+
+    Raises:
+        ValueError: if neither or both of `vae` and `path` are given.
+        TypeError: if `vae` is no AutoencoderKLWan.
+        ImportError: if diffusers is not installed.
+    """
+    if (vae is None) == (path is None):
+        given = "neither" if vae is None else "both"
+        raise ValueError(f"vae, path: expected exactly one of config.path and setup(vae=...), got {given}")
+    try:
+        from diffusers import AutoencoderKLWan
+    except ImportError as error:
+        raise ImportError(
+            "the Wan VAE needs diffusers, which is not installed: pip install 'anyflow-kernels[diffusers]'"
+        ) from error
+    if vae is None:
+        return AutoencoderKLWan.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype).eval()
+    if not isinstance(vae, AutoencoderKLWan):
+        raise TypeError(f"vae: expected a diffusers AutoencoderKLWan, got {type(vae).__name__}")
+    return vae
+
+
+def owned_half(half: Any, dtype: torch.dtype | None) -> Any:
+    """`half` of a VAE in `dtype` and channels_last: the same parameters, copied only where the dtype differs.
+
+    The layout of shared weights changes in memory, their values, shapes and owner do not.
+    """
+    if dtype is not None and dtype != next(half.parameters()).dtype:
+        half = copy.deepcopy(half).to(dtype)
+    for layer in half.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    return half
+
+
+def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, (z_dim,) fp64, on the device of the weights."""
+    device = next(vae.parameters()).device
+    mean = torch.tensor(vae.config.latents_mean, dtype=torch.float64, device=device)
+    std = torch.tensor(vae.config.latents_std, dtype=torch.float64, device=device)
+    if mean.shape != (vae.config.z_dim,) or std.shape != mean.shape:
+        raise ValueError(
+            f"vae: latents_mean and latents_std need z_dim = {vae.config.z_dim} values, "
+            f"got {mean.numel()} and {std.numel()}"
+        )
+    return mean, std
+
+
+def spatial_ratio(vae: Any) -> int:
+    """Pixel side / latent side."""
+    return 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
+
+
+def temporal_ratio(vae: Any) -> int:
+    """Pixel frames / latent frames in the steady state."""
+    return 2 ** sum(vae.config.temperal_downsample)
+
+
+def check_frames(name: str, x: Any, channels: int) -> None:
+    """Raise unless `x` is a floating-point tensor (..., T, channels, height, width) with something in it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor (..., T, {channels}, H, W), got {type(x).__name__}")
+    if x.ndim < 4 or x.shape[-3] != channels or 0 in x.shape:
+        raise ValueError(f"{name}: expected shape (..., T, {channels}, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")

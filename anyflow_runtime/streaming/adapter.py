@@ -1,0 +1,272 @@
+"""What the streaming adapters of both AnyFlow models share: the model, the prompt, guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..encoders.base import EncoderConfig
+from ..models.base import AnyFlowModel
+from .transformer import Transformer, TransformerCacheT, TransformerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyFlowStreamConfig(TransformerConfig):
+    """What the configs of both adapters share.
+
+    Args:
+        path: diffusers directory or hub id to load from; None if the model is given to `setup(model=...)`.
+        subfolder: of `path`, where the transformer lies.
+        dtype: of the weights; None keeps what is stored.
+        backend: see `anyflow_kernels.load_ops`; None keeps that of a given model, and is "auto" for one that is loaded.
+        context_encoder: makes text embeddings of prompts; None if embeddings are given.
+        chunk_partition: latent frames per chunk; None is the default of the model.
+        height, width: default latent size.
+    Raises:
+        ValueError: at construction, for sizes below one.
+    """
+
+    path: str | None = None
+    subfolder: str | None = "transformer"
+    dtype: torch.dtype | None = None
+    backend: str | None = None
+    context_encoder: EncoderConfig | None = None
+    chunk_partition: Sequence[int] | None = None
+    height: int = 60
+    width: int = 104
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk_partition is not None:
+            check_partition(self.chunk_partition)
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A prompt as the model takes it; a changed prompt is another object.
+
+    Attributes:
+        text: (B, S, text_dim), with guidance (2B, S, text_dim), the negative prompts first.
+        image: (B or 2B, S_image, image_dim), or None.
+        batch: B.
+        guidance_scale: s in u + s (c - u), or None without guidance.
+    """
+
+    text: Tensor
+    image: Tensor | None
+    batch: int
+    guidance_scale: float | None
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale is not None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` (B, ...) once per row of `text`."""
+        return torch.cat([x, x]) if self.guided else x
+
+
+class AnyFlowStream(Transformer[TransformerCacheT]):
+    """Base of the adapters. Latents are (B, T, C, H, W) throughout: the model patchifies for itself.
+
+    Guidance is one pass over a doubled batch, the negative prompt first, as in diffusers: a single cache of 2B rows
+    instead of two, and larger GEMMs.
+
+    Args:
+        config: an `AnyFlowStreamConfig`.
+        model: the model, instead of loading `config.path`.
+        context_encoder: instead of building that of the config.
+    Raises:
+        ValueError: if not exactly one of `model` and `config.path` is given.
+        TypeError: for a model of another class.
+    """
+
+    model_class: ClassVar[type[AnyFlowModel]]
+
+    def __init__(
+        self, config: Any, model: AnyFlowModel | None = None, context_encoder: torch.nn.Module | None = None
+    ) -> None:
+        super().__init__(config)
+        if (model is None) == (config.path is None):
+            given = "neither" if model is None else "both"
+            raise ValueError(f"model, path: got {given}, expected exactly one of setup(model=...) and config.path")
+        if model is not None and not isinstance(model, self.model_class):
+            raise TypeError(f"model: got {type(model).__name__}, expected {self.model_class.__name__}")
+        self.model: Any = self._load(config) if model is None else model
+        if model is not None and config.dtype is not None and config.dtype != self.model.dtype:
+            raise ValueError(f"dtype: got {config.dtype} for a given model of {self.model.dtype}")
+        if config.backend is not None:
+            self.model.set_backend(config.backend)
+        if context_encoder is None and config.context_encoder is not None:
+            context_encoder = config.context_encoder.setup()
+        self.context_encoder: Any = context_encoder
+
+    def _load(self, config: Any) -> AnyFlowModel:
+        directory = local_directory(config.path, config.subfolder)
+        return self.model_class.from_pretrained(directory, config.subfolder, config.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype; some weights stay fp32 in a bf16 model."""
+        return self.model.dtype
+
+    @property
+    def default_partition(self) -> tuple[int, ...]:
+        """Latent frames per chunk of a rollout that names no others."""
+        return tuple(self.config.chunk_partition or self.model.config.chunk_partition)
+
+    def patchify_and_maybe_split_cp(self, x: Any) -> Any:
+        """`x`: the model works on latents."""
+        return x
+
+    def unpatchify_and_maybe_gather_cp(self, x: Tensor) -> Tensor:
+        """`x`: the model returns latents."""
+        return x
+
+    @torch.no_grad()
+    def make_condition(
+        self,
+        prompt: Any = None,
+        text_embeddings: Tensor | None = None,
+        negative_prompt: Any = None,
+        negative_text_embeddings: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Condition:
+        """The condition of these prompts.
+
+        Args:
+            prompt: what the context encoder takes: a string or several, with a `NullEncoder` embeddings.
+            text_embeddings: (B, S, text_dim) instead of `prompt`.
+            negative_prompt, negative_text_embeddings: likewise; used with guidance only. With a text prompt the empty
+                string is the default.
+            image_embeddings: (B, S_image, image_dim), for models with `image_dim`.
+            guidance_scale: above 1 classifier-free guidance is on.
+        Raises:
+            ValueError: if both or neither of a pair is given, or on shapes that do not fit.
+        """
+        text = self._embeddings("prompt", prompt, "text_embeddings", text_embeddings)
+        batch = text.shape[0]
+        if image_embeddings is not None:
+            expected = (batch, self.model.config.image_dim)
+            if image_embeddings.ndim != 3 or (image_embeddings.shape[0], image_embeddings.shape[2]) != expected:
+                raise ValueError(
+                    f"image_embeddings: got {tuple(image_embeddings.shape)}, expected (B={batch}, S, {expected[1]})"
+                )
+            image_embeddings = image_embeddings.to(self.device, self.dtype)
+        if not guidance_scale > 1.0:
+            return Condition(text, image_embeddings, batch, None)
+        if negative_prompt is None and negative_text_embeddings is None and isinstance(prompt, (str, list, tuple)):
+            negative_prompt = ""
+        negative = self._embeddings(
+            "negative_prompt", negative_prompt, "negative_text_embeddings", negative_text_embeddings
+        )
+        if negative.shape[0] == 1:
+            negative = negative.expand(batch, -1, -1)
+        if negative.shape != text.shape:
+            raise ValueError(
+                f"negative_text_embeddings: got {tuple(negative.shape)}, expected those of the prompt, "
+                f"{tuple(text.shape)}"
+            )
+        image = None if image_embeddings is None else torch.cat([image_embeddings, image_embeddings])
+        return Condition(torch.cat([negative, text]), image, batch, float(guidance_scale))
+
+    def _embeddings(self, prompt_name: str, prompt: Any, name: str, embeddings: Tensor | None) -> Tensor:
+        if (prompt is None) == (embeddings is None):
+            given = "neither" if prompt is None else "both"
+            raise ValueError(f"{prompt_name}, {name}: got {given}, expected exactly one of them")
+        if embeddings is None:
+            if self.context_encoder is None:
+                raise ValueError(f"{prompt_name}: got one, but there is no context_encoder; give {name}")
+            embeddings = self.context_encoder(prompt)
+        text_dim = self.model.config.text_dim
+        if not isinstance(embeddings, Tensor) or embeddings.ndim != 3 or embeddings.shape[2] != text_dim:
+            got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise ValueError(f"{name}: got {got}, expected (B, S, {text_dim})")
+        return embeddings.to(self.device, self.dtype)
+
+    def guided_velocity(
+        self, network: Callable[..., Tensor], condition: Condition, x: Tensor, t: Tensor, r: Tensor
+    ) -> Tensor:
+        """`network(x, t, r)` on one row per prompt, the pair of guided rows combined to u + s (c - u)."""
+        velocity = network(*(condition.rows(tensor) for tensor in (x, t, r)))
+        if condition.guidance_scale is None:
+            return velocity
+        unconditional, conditional = velocity.chunk(2)
+        return unconditional + condition.guidance_scale * (conditional - unconditional)
+
+    def latent_size(self, height: int | None, width: int | None, given: Tensor | None) -> tuple[int, int]:
+        """Height and width of a rollout: what is asked for, else what is given, else the config's.
+
+        Raises:
+            ValueError: if they are no multiples of the patch, or contradict the given latents.
+        """
+        defaults = (self.config.height, self.config.width) if given is None else tuple(given.shape[-2:])
+        size = (defaults[0] if height is None else height, defaults[1] if width is None else width)
+        for name, side, patch in zip(("height", "width"), size, self.model.config.patch_size[1:], strict=True):
+            if side < patch or side % patch:
+                raise ValueError(f"{name}: got {side}, expected a positive multiple of the patch, {patch}")
+        return size
+
+    def given_latents(self, latents: Tensor | None, condition: Condition, size: tuple[int, int]) -> Tensor | None:
+        """Context latents checked, one row per prompt, on the model's device and in its dtype."""
+        if latents is None:
+            return None
+        expected = (condition.batch, self.model.config.in_channels, *size)
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or shape[0] not in (1, expected[0]) or shape[2:] != expected[1:] or shape[1] < 1:
+            raise ValueError(
+                f"context_latents: got {shape}, expected (B={expected[0]}, F, {expected[1]}, {size[0]}, {size[1]})"
+            )
+        return latents.to(self.device, self.dtype).expand(expected[0], *shape[1:])
+
+    def no_input(self, input: Any) -> None:
+        """Raise ValueError for a per-chunk input: these models take none."""
+        if input is not None:
+            raise ValueError(f"input: got {type(input).__name__}, expected None: AnyFlow takes no input per chunk")
+
+
+def check_partition(partition: Any) -> tuple[int, ...]:
+    """Frames per chunk as a tuple of ints.
+
+    Raises:
+        ValueError: unless it holds at least one chunk, each of at least one frame.
+    """
+    frames = tuple(partition)
+    if not frames or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in frames):
+        raise ValueError(f"chunk_partition: got {partition!r}, expected frames per chunk, each an integer >= 1")
+    return frames
+
+
+def local_directory(path: str, subfolder: str | None) -> Path:
+    """`path` if it is a directory, else the downloaded snapshot of the hub repository of that name.
+
+    Raises:
+        FileNotFoundError: if it is neither, or cannot be downloaded.
+    """
+    directory = Path(path)
+    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if directory.is_dir() or not looks_like_hub_id:
+        return directory
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"path: {path} is no directory, and to download it huggingface_hub is needed: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(path, allow_patterns=[f"{subfolder}/*"] if subfolder else None))
+    except Exception as error:  # the hub raises a dozen unrelated classes: offline, unknown, gated, proxy
+        raise FileNotFoundError(f"path: {path} is no directory, and downloading it failed: {error}") from error

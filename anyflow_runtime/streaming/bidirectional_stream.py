@@ -1,0 +1,177 @@
+"""The bidirectional AnyFlow model as a streaming transformer: a single chunk that is the whole video.
+
+Source: AnyFlow (arXiv 2605.13724); diffusers' `AnyFlowPipeline`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.bidirectional import AnyFlowTransformer3DModel
+from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
+from .errors import LifecycleError
+from .transformer import TransformerAutoregressiveCache
+
+RELEASED_FRAMES = 21  # latent frames of the 81 the released models are trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyFlowBidirectionalStreamConfig(AnyFlowStreamConfig):
+    """Config of `AnyFlowBidirectionalStream`; see `AnyFlowStreamConfig`. `chunk_partition` is one chunk, (21,) if None.
+
+    Raises:
+        ValueError: at construction, for more than one chunk.
+    """
+
+    _target: type[AnyFlowBidirectionalStream] = field(default_factory=lambda: AnyFlowBidirectionalStream)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk_partition is not None:
+            _single_chunk(self.chunk_partition)
+
+
+@dataclass
+class AnyFlowBidirectionalStreamCache(TransformerAutoregressiveCache):
+    """State of one rollout.
+
+    Attributes:
+        condition: the prompt.
+        latent_shape: (B, F, C, H, W) of the video.
+        prefix: (B, F', C, H, W) latents of the first frames, which are given, or None.
+    """
+
+    condition: Condition
+    latent_shape: tuple[int, ...]
+    prefix: Tensor | None
+    num_chunks: int | None = 1
+
+    def frames_in_chunk(self, autoregressive_index: int) -> int:
+        """Latent frames of the only chunk.
+
+        Raises:
+            LifecycleError: for an index other than 0.
+        """
+        if autoregressive_index != 0:
+            raise LifecycleError(f"autoregressive_index: got {autoregressive_index}, expected 0: there is one chunk")
+        return self.latent_shape[1]
+
+    def start(self, autoregressive_index: int) -> None:
+        """Check the index."""
+        self.frames_in_chunk(autoregressive_index)
+
+
+class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache]):
+    """Runs an `AnyFlowTransformer3DModel` under the streaming contract; see `AnyFlowStream` for the arguments."""
+
+    model_class = AnyFlowTransformer3DModel
+
+    def __init__(
+        self, config: AnyFlowBidirectionalStreamConfig, model: Any = None, context_encoder: Any = None
+    ) -> None:
+        super().__init__(config, model, context_encoder)
+        self._latest: weakref.ref[AnyFlowBidirectionalStreamCache] | None = None
+
+    @property
+    def default_partition(self) -> tuple[int, ...]:
+        """The config's single chunk, or that of the released models."""
+        return tuple(self.config.chunk_partition or (RELEASED_FRAMES,))
+
+    @torch.no_grad()
+    def initialize_autoregressive_cache(  # type: ignore[override]
+        self,
+        *,
+        prompt: Any = None,
+        text_embeddings: Tensor | None = None,
+        negative_prompt: Any = None,
+        negative_text_embeddings: Tensor | None = None,
+        image_embeddings: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        chunk_partition: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        context_latents: Tensor | None = None,
+    ) -> AnyFlowBidirectionalStreamCache:
+        """A fresh cache.
+
+        Args:
+            chunk_partition: (frames,); None is the config's.
+            context_latents: (B, F', C, H, W) normalised latents of the first frames, fewer than all.
+            Others: as `AnyFlowFARStream.initialize_autoregressive_cache`.
+
+        Raises:
+            ValueError: on shapes that do not fit.
+        """
+        condition = self.make_condition(
+            prompt, text_embeddings, negative_prompt, negative_text_embeddings, image_embeddings, guidance_scale
+        )
+        frames = _single_chunk(chunk_partition or self.default_partition)
+        size = self.latent_size(height, width, context_latents)
+        prefix = self.given_latents(context_latents, condition, size)
+        if prefix is not None and prefix.shape[1] >= frames:
+            raise ValueError(f"context_latents: got {prefix.shape[1]} frames, expected fewer than the video's {frames}")
+        shape = (condition.batch, frames, self.model.config.in_channels, *size)
+        cache = AnyFlowBidirectionalStreamCache(condition, shape, prefix)
+        self._latest = weakref.ref(cache)
+        return cache
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(B, F, C, H, W) of the rollout that was initialised last."""
+        cache = None if self._latest is None else self._latest()
+        if cache is None:
+            raise LifecycleError("latent_shape: no rollout has been initialised, call initialize_autoregressive_cache")
+        return cache.latent_shape
+
+    def chunk_latent_shape(self, autoregressive_index: int, cache: AnyFlowBidirectionalStreamCache) -> tuple[int, ...]:
+        """(B, F, C, H, W) of the video."""
+        return cache.latent_shape
+
+    def predict_flow(
+        self,
+        noisy_latent: Tensor,
+        timestep: Tensor,
+        cache: AnyFlowBidirectionalStreamCache,
+        input: Any = None,
+        r_timestep: Tensor | None = None,
+    ) -> Tensor:
+        """The average velocity of all frames; given frames enter clean, at t = 0 with r unchanged."""
+        self.no_input(input)
+        condition, shape = cache.condition, noisy_latent.shape[:2]
+        t = timestep.float().expand(shape)
+        r = t if r_timestep is None else r_timestep.float().expand(shape)
+        if cache.prefix is not None:
+            frames = cache.prefix.shape[1]
+            t = torch.cat([torch.zeros_like(t[:, :frames]), t[:, frames:]], dim=1)
+            noisy_latent = torch.cat([cache.prefix, noisy_latent[:, frames:]], dim=1)
+
+        def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return self.model(x, t, r, condition.text, condition.image).sample
+
+        return self.guided_velocity(network, condition, noisy_latent, t, r)
+
+    def finalize_kv_cache(
+        self, noisy_latent: Tensor, timestep: Tensor, cache: AnyFlowBidirectionalStreamCache, input: Any = None
+    ) -> None:
+        """Nothing: no chunk follows."""
+
+    def postprocess_clean_latent(
+        self, clean_latent: Tensor, cache: AnyFlowBidirectionalStreamCache, input: Any = None
+    ) -> Tensor:
+        """The video with the given frames as they were given."""
+        if cache.prefix is None:
+            return clean_latent
+        return torch.cat([cache.prefix, clean_latent[:, cache.prefix.shape[1] :]], dim=1)
+
+
+def _single_chunk(partition: Sequence[int]) -> int:
+    frames = check_partition(partition)
+    if len(frames) != 1:
+        raise ValueError(f"chunk_partition: got {list(frames)}, expected a single chunk: the model is bidirectional")
+    return frames[0]

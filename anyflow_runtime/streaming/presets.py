@@ -1,0 +1,80 @@
+"""Named pipelines: the released checkpoints as configs, each one printable tree.
+
+    pipeline = preset("anyflow-far-wan2.1-1.3b").setup().to("cuda")
+    print(derive_config(preset("anyflow-far-wan2.1-14b"), diffusion_model={"seed": 7}))
+
+Sizes, shift and partition are those the models were released with: 480 x 832, 81 frames, shift 5.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..decoders.wan_vae import WanVAEStreamDecoderConfig
+from ..encoders.text import UMT5TextEncoderConfig
+from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
+from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
+from .diffusion_model import DiffusionModelConfig
+from .far_stream import AnyFlowFARStreamConfig
+from .pipeline import StreamInferencePipelineConfig
+
+RELEASED_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
+
+
+def released_pipeline(
+    name: str,
+    path: str,
+    *,
+    causal: bool,
+    steps: int = 4,
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> StreamInferencePipelineConfig:
+    """The config of a pipeline directory in diffusers' format, or of a hub repository that holds one.
+
+    Args:
+        name: slug of the pipeline.
+        path: directory or hub id.
+        causal: an AnyFlow-FAR checkpoint, else a bidirectional one.
+        steps: denoising steps per chunk.
+        dtype: of all weights, save those that stay fp32; None as stored.
+    """
+    # The adapters' own defaults for the latent size are those of the released models.
+    text = UMT5TextEncoderConfig(path=path, dtype=dtype)
+    transformer: AnyFlowFARStreamConfig | AnyFlowBidirectionalStreamConfig
+    if causal:
+        transformer = AnyFlowFARStreamConfig(
+            path=path, dtype=dtype, context_encoder=text, chunk_partition=RELEASED_PARTITION
+        )
+    else:
+        transformer = AnyFlowBidirectionalStreamConfig(
+            path=path, dtype=dtype, context_encoder=text, chunk_partition=(sum(RELEASED_PARTITION),)
+        )
+    return StreamInferencePipelineConfig(
+        name=name,
+        diffusion_model=DiffusionModelConfig(
+            transformer=transformer, scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps, shift=5.0)
+        ),
+        decoder=WanVAEStreamDecoderConfig(path=path, dtype=dtype),
+    )
+
+
+PRESETS: dict[str, StreamInferencePipelineConfig] = {
+    name: released_pipeline(name, path, causal=causal)
+    for name, path, causal in (
+        ("anyflow-far-wan2.1-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", True),
+        ("anyflow-far-wan2.1-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", True),
+        ("anyflow-wan2.1-t2v-1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", False),
+        ("anyflow-wan2.1-t2v-14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", False),
+    )
+}
+
+
+def preset(name: str) -> StreamInferencePipelineConfig:
+    """The config of that name.
+
+    Raises:
+        KeyError: listing the names there are.
+    """
+    if name not in PRESETS:
+        raise KeyError(f"unknown preset {name!r}, expected one of {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

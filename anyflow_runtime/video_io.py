@@ -1,0 +1,402 @@
+"""Pictures and videos in and out: `read_image`, `read_video`, and `VideoWriter`, which writes while frames arrive.
+
+Frames are RGB, `(C, H, W)` or `(T, C, H, W)`; floats in [0, 1] unless stated.  PyAV and Pillow are imported on first
+use (`pip install 'anyflow-kernels[video]'`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIXEL_RANGES = ("unit", "signed")
+SHEET_TILES = 64  # a contact sheet shows at most this many frames, evenly spaced
+
+
+class VideoReadError(OSError, ValueError):
+    """A file that is no readable picture or video, or is damaged."""
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"reading and writing media needs {package}, which is not installed: pip install 'anyflow-kernels[video]'"
+        ) from error
+
+
+def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Tensor:
+    """Read a picture, upright as its EXIF tag says.
+
+    Args:
+        path: any format Pillow reads.
+        size: (height, width) to scale to; what sticks out is cropped evenly, so that nothing is distorted.
+    Returns:
+        (3, H, W) fp32 in [0, 1].
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoReadError: (an OSError and ValueError) if it is no readable picture.
+    """
+    image_module, ops = _optional("PIL.Image", "Pillow"), _optional("PIL.ImageOps", "Pillow")
+    _check_size(size)
+    path = _existing(path)
+    try:
+        with image_module.open(path) as image:
+            pixels = np.array(ops.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
+        raise VideoReadError(f"{path}: not a readable picture ({error})") from error
+    return _fitted(_unit(pixels), size)
+
+
+def read_video(
+    path: str | os.PathLike[str], num_frames: int | None = None, size: tuple[int, int] | None = None
+) -> Tensor:
+    """Read a video, or its beginning.
+
+    Args:
+        path: any format FFmpeg reads; of several video streams the first.
+        num_frames: how many frames to read; None reads all.
+        size: (height, width) to scale to; what sticks out is cropped evenly, so that nothing is distorted.
+    Returns:
+        (T, 3, H, W) fp32 in [0, 1].
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoReadError: (an OSError and ValueError) if it is no video, or is damaged before the last frame asked for;
+            it says how many frames could be decoded.
+        ValueError: if the video is shorter than `num_frames`.
+    """
+    _check_size(size)
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
+    path = _existing(path)
+    frames: list[Tensor] = []
+    for pixels in _decoded(path):
+        frames.append(_fitted(_unit(pixels), size))
+        if len(frames) == num_frames:
+            break
+    if num_frames is not None and len(frames) < num_frames:
+        raise ValueError(f"num_frames: asked for {num_frames}, but {path} has {len(frames)} frames")
+    return torch.stack(frames)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if not path.is_file():
+        raise VideoReadError(f"{path}: not a file")
+    return path
+
+
+def _check_size(size: Any) -> None:
+    if size is not None and (len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)):
+        raise ValueError(f"size: expected (height, width) of at least 1 pixel each, got {size!r}")
+
+
+def _decoded(path: Path) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 frames; raises VideoReadError where the file ends early or is damaged."""
+    av = _optional("av", "PyAV")
+    count = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoReadError(f"{path}: has no video stream")
+            stream = container.streams.video[0]
+            end = 0
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
+                    raise _damaged(path, count, "a packet is cut short")
+                if packet.pts is not None:
+                    end = max(end, packet.pts + (packet.duration or 0))
+                for frame in packet.decode():
+                    # Asked for BT.709 where the stream says so; swscale would otherwise assume BT.601.
+                    colorspace = "ITU709" if frame.colorspace == 1 else None
+                    yield frame.to_ndarray(format="rgb24", src_colorspace=colorspace)
+                    count += 1
+            # A file cut between two packets decodes without an error, but ends before its header says.
+            if stream.duration and stream.average_rate and stream.time_base:
+                missing = ((stream.start_time or 0) + stream.duration - end) * stream.time_base * stream.average_rate
+                if missing > 2:
+                    raise _damaged(path, count, f"about {round(missing)} frames are missing")
+    except av.error.FFmpegError as error:
+        raise _damaged(path, count, error.strerror or str(error)) from error
+    if count == 0:
+        raise _damaged(path, 0, "it is empty")
+
+
+def _damaged(path: Path, count: int, why: str) -> VideoReadError:
+    return VideoReadError(f"{path}: not a video, truncated or damaged ({why}); {count} frames were decoded")
+
+
+def _unit(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+
+
+def _fitted(image: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Scale (C, H, W) to cover `size` and crop its middle."""
+    if size is None or tuple(image.shape[1:]) == size:
+        return image.contiguous()
+    height, width = image.shape[1:]
+    scale = max(size[0] / height, size[1] / width)
+    cover = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    image = F.interpolate(image[None], size=cover, mode="bicubic", antialias=True, align_corners=False)[0]
+    top, left = (cover[0] - size[0]) // 2, (cover[1] - size[1]) // 2
+    return image[:, top : top + size[0], left : left + size[1]].clamp(0, 1).contiguous()
+
+
+class _Sink(Protocol):
+    def add(self, frame: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class VideoWriter:
+    """Writes frames to a file as they come.
+
+    The suffix of `path` chooses the format: `.mp4` (H.264; every second of video is playable as soon as it is
+    written), `.gif`, or `.png` for a contact sheet of up to 64 evenly spaced frames.  Frames go to
+    `<name>.partial.<suffix>` beside it, which takes the final name when the writer closes, so a file under the final
+    name is always whole.  Leaving a `with` block closes it, by an exception or Ctrl-C too: what was written is kept.
+
+    Args:
+        path: of the file; its directory must exist, an old file is replaced.
+        fps: frames per second.
+        pixel_range: of float frames, "unit" for [0, 1] or "signed" for [-1, 1]; what lies outside is clamped.
+        crf: quality of H.264, 0 (lossless) to 51.
+    Raises:
+        ValueError: for an unknown suffix, range, rate or quality.
+        FileNotFoundError: if the directory does not exist.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], fps: int = 16, *, pixel_range: str = "unit", crf: int = 18
+    ) -> None:
+        self.path = Path(path)
+        suffix = self.path.suffix.lower()
+        if suffix not in (".mp4", ".gif", ".png"):
+            raise ValueError(f"path: expected a name ending in .mp4, .gif or .png, got {str(path)!r}")
+        if pixel_range not in PIXEL_RANGES:
+            raise ValueError(f"pixel_range: expected one of {PIXEL_RANGES}, got {pixel_range!r}")
+        if fps < 1 or not 0 <= crf <= 51:
+            raise ValueError(f"fps, crf: expected fps of at least 1 and crf from 0 to 51, got {fps}, {crf}")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(self.path.parent))
+        _optional("av", "PyAV") if suffix == ".mp4" else _optional("PIL.Image", "Pillow")
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
+        self.fps = fps
+        self.frames_written = 0
+        self._signed = pixel_range == "signed"
+        self._crf = crf
+        self._size: tuple[int, int] | None = None
+        self._sink: _Sink | None = None
+        self._closed = False
+
+    def write(self, frames: Tensor) -> None:
+        """Append frames.
+
+        Args:
+            frames: (T, 3, H, W) or (3, H, W), float in the range given or uint8, on any device.
+        Raises:
+            ValueError: for another shape or size than the first frames', odd sides with H.264, or after `close`.
+            OSError: if the file cannot be written, for instance on a full disk; it says what was saved and where.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: the writer is closed")
+        for frame in self._pixels(frames):
+            try:
+                if self._sink is None:
+                    self._sink = self._open()
+                self._sink.add(frame)
+            except OSError as error:
+                raise self._failed(error) from error
+            self.frames_written += 1
+
+    def close(self) -> Path | None:
+        """Finish the file and give it its name; harmless when already closed.
+
+        Returns:
+            The path, or None if no frame was ever written, in which case there is no file.
+        Raises:
+            OSError: as `write`.
+        """
+        if self._closed:
+            return self.path if self.path.exists() else None
+        self._closed = True
+        if self._sink is None:
+            return None
+        try:
+            self._sink.close()
+            os.replace(self.partial_path, self.path)
+        except OSError as error:
+            raise self._failed(error) from error
+        return self.path
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+        else:
+            # The error under way matters more than one from closing.
+            with contextlib.suppress(OSError):
+                self.close()
+
+    def _pixels(self, frames: Tensor) -> np.ndarray:
+        """Checked (T, H, W, 3) uint8 frames on the host."""
+        if not isinstance(frames, Tensor):
+            raise TypeError(f"frames: expected a tensor, got {type(frames).__name__}")
+        if frames.ndim not in (3, 4) or frames.shape[-3] != 3 or 0 in frames.shape:
+            raise ValueError(f"frames: expected shape (T, 3, H, W) or (3, H, W), got {tuple(frames.shape)}")
+        if frames.dtype != torch.uint8 and not frames.is_floating_point():
+            raise TypeError(f"frames: expected uint8 or a floating-point dtype, got {frames.dtype}")
+        size = (frames.shape[-2], frames.shape[-1])
+        if self._size is not None and size != self._size:
+            raise ValueError(f"frames: the video is {self._size[0]} x {self._size[1]}, got {size[0]} x {size[1]}")
+        if self.path.suffix.lower() == ".mp4" and (size[0] % 2 or size[1] % 2):
+            raise ValueError(f"frames: H.264 needs an even height and width, got {size[0]} x {size[1]}")
+        self._size = size
+        frames = frames.detach().reshape(-1, *frames.shape[-3:])
+        if frames.dtype != torch.uint8:
+            frames = frames.float()
+            frames = (frames + 1) * 127.5 if self._signed else frames * 255
+            frames = frames.round().clamp(0, 255).to(torch.uint8)
+        return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+    def _open(self) -> _Sink:
+        assert self._size is not None
+        suffix = self.path.suffix.lower()
+        if suffix == ".mp4":
+            return _Mp4Sink(self.partial_path, self._size, self.fps, self._crf)
+        return _GifSink(self.partial_path, self.fps) if suffix == ".gif" else _SheetSink(self.partial_path)
+
+    def _failed(self, error: OSError) -> OSError:
+        """Close what there is and describe what is left of the file."""
+        if not self._closed and self._sink is not None:
+            with contextlib.suppress(OSError):
+                self._sink.close()
+        self._closed = True
+        readable = 0
+        if self.path.suffix.lower() == ".mp4" and self.partial_path.exists():
+            with contextlib.suppress(VideoReadError):
+                for _ in _decoded(self.partial_path):
+                    readable += 1
+        saved = f"the first {readable} can be played from {self.partial_path}" if readable else "none could be saved"
+        why = error.strerror or str(error)
+        return OSError(
+            error.errno or errno.EIO, f"{self.path}: {why}; of {self.frames_written} frames written, {saved}"
+        )
+
+
+class _Mp4Sink:
+    """H.264 in a fragmented mp4: each fragment, a second of video, is whole on disk; `close` makes a plain mp4."""
+
+    def __init__(self, path: Path, size: tuple[int, int], fps: int, crf: int) -> None:
+        self._av = _optional("av", "PyAV")
+        self._path = path
+        self._fps = fps
+        self._count = 0
+        options = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        self._container = self._av.open(str(path), "w", format="mp4", options=options)
+        try:
+            # A short lookahead, so that frames do not wait long in the encoder.
+            options = {"crf": str(crf), "preset": "medium", "g": str(fps), "x264-params": f"rc-lookahead={fps}"}
+            self._stream = self._container.add_stream("libx264", rate=fps, options=options)
+        except ValueError as error:
+            self._container.close()
+            raise OSError(errno.ENOSYS, "this build of PyAV has no H.264 encoder (libx264)") from error
+        self._stream.height, self._stream.width = size
+        self._stream.pix_fmt = "yuv420p"
+        # BT.709, and said so: without the tags players guess by the size of the picture.
+        for tag in ("colorspace", "color_primaries", "color_trc"):
+            setattr(self._stream.codec_context, tag, 1)
+
+    def add(self, frame: np.ndarray) -> None:
+        picture = self._av.VideoFrame.from_ndarray(frame, format="rgb24")
+        picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709")
+        picture.pts, picture.time_base = self._count, Fraction(1, self._fps)
+        self._count += 1
+        self._container.mux(self._stream.encode(picture))
+
+    def close(self) -> None:
+        try:
+            self._container.mux(self._stream.encode(None))
+        finally:
+            self._container.close()
+        # A plain mp4 seeks faster and is read by more players; if there is no room for it, the fragments stay.
+        plain = self._path.with_name(self._path.name + ".tmp")
+        try:
+            with self._av.open(str(self._path)) as source:
+                options = {"movflags": "faststart"}
+                with self._av.open(str(plain), "w", format="mp4", options=options) as target:
+                    track = source.streams.video[0]
+                    copy = target.add_stream_from_template(track)
+                    for packet in source.demux(track):
+                        if packet.dts is not None:
+                            packet.stream = copy
+                            target.mux(packet)
+            os.replace(plain, self._path)
+        except OSError:
+            plain.unlink(missing_ok=True)
+
+
+class _GifSink:
+    """Animated GIF: frames wait as palette images, one byte a pixel, since the format is written in one go."""
+
+    def __init__(self, path: Path, fps: int) -> None:
+        self._image = _optional("PIL.Image", "Pillow")
+        self._path = path
+        # The format counts in hundredths of a second, and players slow down below two of them.
+        self._milliseconds = max(20, 10 * round(100 / fps))
+        self._frames: list[Any] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        self._frames.append(self._image.fromarray(frame).quantize())
+
+    def close(self) -> None:
+        first, *rest = self._frames
+        first.save(
+            self._path, format="GIF", save_all=True, append_images=rest, duration=self._milliseconds, loop=0, disposal=1
+        )
+
+
+class _SheetSink:
+    """Contact sheet of evenly spaced frames; of a long video every 2nd, 4th, 8th... is kept, so memory is bounded."""
+
+    def __init__(self, path: Path) -> None:
+        self._image = _optional("PIL.Image", "Pillow")
+        self._path = path
+        self._tiles: list[np.ndarray] = []
+        self._every = 1
+        self._seen = 0
+
+    def add(self, frame: np.ndarray) -> None:
+        if self._seen % self._every == 0:
+            if len(self._tiles) == SHEET_TILES:
+                self._tiles = self._tiles[::2]
+                self._every *= 2
+            if self._seen % self._every == 0:
+                self._tiles.append(frame)
+        self._seen += 1
+
+    def close(self) -> None:
+        height, width, _ = self._tiles[0].shape
+        columns = int(np.ceil(np.sqrt(len(self._tiles))))
+        rows = -(-len(self._tiles) // columns)
+        sheet = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+        for i, tile in enumerate(self._tiles):
+            row, column = divmod(i, columns)
+            sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
+        self._image.fromarray(sheet).save(self._path, format="PNG")
