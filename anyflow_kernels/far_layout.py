@@ -10,6 +10,7 @@ Source: FAR (arXiv 2503.19325) and AnyFlow (arXiv 2605.13724); the masks of diff
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -78,7 +79,9 @@ class FarLayout:
 
     def __post_init__(self) -> None:
         for name in ("chunk_partition", "patch_size", "compressed_patch_size"):
-            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+            object.__setattr__(self, name, tuple(_integer(name, n) for n in getattr(self, name)))
+        for name in ("height", "width", "full_chunk_limit", "cached"):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
         if not self.chunk_partition or min(self.chunk_partition) < 1:
             raise ValueError(f"chunk_partition: got {self.chunk_partition}, expected at least one chunk of >= 1 frames")
         for name in ("height", "width", "full_chunk_limit"):
@@ -316,6 +319,13 @@ class AttentionPlan:
         if self.phantom_keys:
             lines.append(f"  plus {self.phantom_keys} phantom zero keys in every denominator")
         return "\n".join(lines)
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected an integer") from None
 
 
 def _merge(ranges: list[tuple[int, int]]) -> KeyRanges:

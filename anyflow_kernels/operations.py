@@ -50,6 +50,12 @@ class Ops:
     def __repr__(self) -> str:
         return f"Ops({self.backend!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copied or unpickled model runs on the same backend: modules cannot be copied."""
+        from . import load_ops
+
+        return load_ops, (self.backend,)
+
     @overload
     def far_attention(
         self,
@@ -63,7 +69,7 @@ class Ops:
 
     @overload
     def far_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None, return_lse: bool
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None = None, *, return_lse: bool
     ) -> Any: ...
 
     def far_attention(
@@ -187,6 +193,7 @@ class Ops:
         """
         _expect_dims("qkv", qkv, 3)
         batch, length, width = qkv.shape
+        _expect(heads >= 1, "heads", heads, ">= 1")
         _expect(
             width % 3 == 0 and (width // 3) % (2 * heads) == 0,
             "qkv",
@@ -222,16 +229,12 @@ class Ops:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`x @ weight.T + bias`. x (..., K), weight (N, K), bias (N,), all of one dtype."""
-        _expect(
-            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), "(N, {})", x.shape[-1]
-        )
+        _check_linear(x, weight, bias)
         return self._implementation.linear(x, weight, bias)
 
     def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """`gelu_tanh(x @ weight.T + bias)`: the first half of the FFN. x (..., K), weight (N, K), bias (N,)."""
-        _expect(
-            weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), "(N, {})", x.shape[-1]
-        )
+        _check_linear(x, weight, bias)
         return self._implementation.linear_gelu(x, weight, bias)
 
     def dual_timestep_embedding(
@@ -307,6 +310,17 @@ class Ops:
             latents.shape[2],
             patch_size,
         )
+        if bias is not None:
+            _expect(bias.shape == weight.shape[:1], "bias", tuple(bias.shape), "({},)", weight.shape[0])
+        if out is None:
+            _expect(offset == 0, "offset", offset, "0 without out")
+        else:
+            size = [n // p for n, p in zip((latents.shape[1], *latents.shape[3:]), patch_size, strict=True)]
+            tokens, slab = size[0] * size[1] * size[2], (latents.shape[0], out.shape[1], weight.shape[0])
+            _expect(tuple(out.shape) == slab, "out", tuple(out.shape), "(B, T, D) = {}", slab)
+            _expect(out.dtype == weight.dtype, "out.dtype", out.dtype, "that of the weight, {}", weight.dtype)
+            fits = 0 <= offset and offset + tokens <= out.shape[1]
+            _expect(fits, "offset", offset, "0 <= offset and offset + {} tokens <= T={}", tokens, out.shape[1])
         return self._implementation.patch_embed(latents, weight, bias, patch_size, out, offset)
 
     def unpatchify(
@@ -365,6 +379,16 @@ def _expect(condition: bool, name: str, got: object, expected: object, *values: 
     if not condition:
         text = expected.format(*values) if isinstance(expected, str) else expected
         raise ValueError(f"{name}: got {got}, expected {text}")
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _expect(weight.ndim == 2 and weight.shape[1] == x.shape[-1], "weight", tuple(weight.shape), "(N, {})", x.shape[-1])
+    if bias is not None:
+        _expect(bias.shape == weight.shape[:1], "bias", tuple(bias.shape), "({},)", weight.shape[0])
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                _expect(tensor.dtype == x.dtype, name + ".dtype", tensor.dtype, "that of x, {}", x.dtype)
 
 
 def _expect_dims(name: str, tensor: Tensor, dims: int) -> None:

@@ -83,7 +83,9 @@ def gated_residual_layer_norm(
     elif branch is not None and gate is not None:
         runs = zip(_runs(x, frame_map), _runs(branch, frame_map), _rows(gate, frame_map), strict=True)
         x = _join([torch.addcmul(widen(x), widen(b), g).to(x.dtype) for x, b, g in runs])
-    y = F.layer_norm(widen(x), x.shape[-1:], weight, bias, eps)
+    wide = widen(x)
+    weight, bias = (None if w is None else w.to(wide.dtype) for w in (weight, bias))
+    y = F.layer_norm(wide, x.shape[-1:], weight, bias, eps)
     if shift is not None and scale is not None:
         modulation = zip(_runs(y, frame_map), _rows(shift, frame_map), _rows(scale, frame_map), strict=True)
         y = _join([torch.addcmul(shift, y, scale + 1).to(x.dtype) for y, shift, scale in modulation])

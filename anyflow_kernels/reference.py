@@ -70,6 +70,8 @@ def far_attention(
     if q.device.type == "cpu" and needs_grad:
         out, lse = dense_attention(q, k, v, mask, scale)
     else:
+        if not needs_grad:  # flex_attention on a CPU refuses parameters even under no_grad
+            q, k, v = q.detach(), k.detach(), v.detach()
         out, lse = _flex(q, k, v, mask, scale)
     return (out, lse.detach().float()) if return_lse else out
 

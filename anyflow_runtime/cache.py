@@ -115,6 +115,11 @@ class FarCache:
         return self._slab_shape[1]
 
     @property
+    def model_size(self) -> tuple[int, int, int]:
+        """Layers, heads and channels per head of the model it serves."""
+        return (self._num_layers, *self._slab_shape[2:])
+
+    @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of the latents."""
         return self._layout.height, self._layout.width
@@ -161,13 +166,16 @@ class FarCache:
             return 0
         compressed_before = self.layout("prefill", old.partition).num_compressed_chunks
         compressed_now = self.layout("prefill", new.partition).num_compressed_chunks
-        chunks = len(old.partition) if compressed_now == compressed_before else compressed_before
+        # Where the boundary moved, only chunks compressed before and now are the same; the others changed resolution.
+        common = min(compressed_before, compressed_now)
+        chunks = len(old.partition) if compressed_now == compressed_before else common
         chunks = min(chunks, len(new.partition))
         frames = sum(new.partition[:chunks])
         same = (
             old.partition[:chunks] == new.partition[:chunks]
             and old.latents.shape[0] == new.latents.shape[0]
             and torch.equal(old.latents[:, :frames], new.latents[:, :frames])
+            and old.times.device == new.times.device
             and torch.equal(old.times[:, :, :frames], new.times[:, :, :frames])
         )
         return chunks if same else 0
@@ -193,14 +201,15 @@ class FarCache:
 
     def _grow(self, tokens: int, keep: int = 0) -> None:
         batch, _, heads, head_dim = self._slab_shape
-        self._slab_shape = (batch, tokens, heads, head_dim)
+        shape = (batch, tokens, heads, head_dim)
         old: list[Any] = list(self.slabs) or [None] * self._num_layers
-        self.slabs = []
+        slabs: Slabs = []  # taken over only when complete: an allocation may fail
         for pair in old:
-            k, v = torch.empty(2, *self._slab_shape, device=self._device, dtype=self._dtype).unbind(0)
+            k, v = torch.empty(2, *shape, device=self._device, dtype=self._dtype).unbind(0)
             if pair is not None and keep:
                 k[:, :keep], v[:, :keep] = pair[0][:, :keep], pair[1][:, :keep]
-            self.slabs.append((k, v))
+            slabs.append((k, v))
+        self.slabs, self._slab_shape = slabs, shape
 
 
 def adopt_reference_cache(
@@ -219,7 +228,9 @@ def adopt_reference_cache(
     Raises:
         ValueError: if the dict is neither the reference's nor one of ours.
     """
-    first = kv_cache[0]
+    first = kv_cache[0] if isinstance(kv_cache, (dict, list, tuple)) and len(kv_cache) else None
+    if not isinstance(first, dict):
+        raise ValueError(f"kv_cache: got {type(kv_cache).__name__}, expected a FarCache or a dict of tensors per block")
     if "far_cache" in first:
         return first["far_cache"]
     if not {"full_cache", "compressed_cache"} <= set(first):

@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 
+from anyflow_kernels import Ops, portable
+from anyflow_runtime import FarCache
+
 from .parity import FP32_TOLERANCE, model_pair, prompt_inputs, random_config, reference_cache, relative_error
 
 BACKENDS = ["torch", "reference"]
@@ -104,3 +107,34 @@ def test_keys_cached_by_diffusers_are_taken_over() -> None:
         want = theirs(chunk, t, r, chunk_partition=partition, kv_cache_flag=dict(flag), **common)[0]
         got = mine(chunk, t, r, chunk_partition=partition, kv_cache_flag=dict(flag), **common)[0]
     assert relative_error(got, want) < FP32_TOLERANCE
+
+
+def test_each_time_pair_is_embedded_once_per_rollout() -> None:
+    """Two steps in each of three chunks and two cache steps meet three pairs: (1000, 600), (600, 0) and (0, 0)."""
+    config = random_config(4, causal=True)
+    _, mine = model_pair(config, causal=True, backend="torch")
+    embed, embedded = mine.ops._implementation.dual_timestep_embedding, []
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(portable, name)
+
+        @staticmethod
+        def dual_timestep_embedding(t: torch.Tensor, delta: torch.Tensor, *args: object) -> object:
+            embedded.extend(t.tolist())
+            return embed(t, delta, *args)
+
+    mine.ops = Ops("torch", Counting())  # type: ignore[arg-type]
+    partition, text = [1, 2, 1], prompt_inputs(config, 1)
+    cache = FarCache.for_model(mine, partition, 8, 8)
+    video = torch.randn(1, 4, config["in_channels"], 8, 8)
+    with torch.no_grad():
+        for i, frames in enumerate(partition):
+            for t, r in ((1000.0, 600.0), (600.0, 0.0)):
+                level = [torch.full((1, frames), x) for x in (t, r)]
+                mine(video[:, :frames], *level, **text, chunk_partition=partition[: i + 1], kv_cache=cache)
+            if i < 2:
+                done = partition[: i + 1]
+                embeds = (text["encoder_hidden_states"], text["encoder_hidden_states_image"])
+                mine.prefill(cache, video[:, : sum(done)], done, *embeds)
+    assert sorted(embedded) == [0.0, 600.0, 1000.0]

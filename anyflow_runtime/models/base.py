@@ -150,7 +150,12 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
 
 
 def check_video(
-    config: Any, hidden_states: Tensor, timestep: Tensor, r_timestep: Tensor, encoder_hidden_states: Tensor
+    config: Any,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    r_timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
 ) -> None:
     """Raise ValueError, naming the argument, if the inputs of a forward cannot belong together."""
 
@@ -186,3 +191,11 @@ def check_video(
         text,
         f"(B={shape[0]}, S, {config.text_dim})",
     )
+    if encoder_hidden_states_image is not None and config.image_dim is not None:
+        image = tuple(encoder_hidden_states_image.shape)
+        expect(
+            len(image) == 3 and image[0] == shape[0] and image[2] == config.image_dim,
+            "encoder_hidden_states_image",
+            image,
+            f"(B={shape[0]}, S, {config.image_dim})",
+        )

@@ -86,7 +86,9 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         Raises:
             ValueError: on shapes that do not fit.
         """
-        check_video(self.config, hidden_states, timestep, r_timestep, encoder_hidden_states)
+        check_video(
+            self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
         frames = hidden_states.shape[1]
         if timestep.shape[1] != frames:
             raise ValueError(f"timestep: got {tuple(timestep.shape)}, expected (B, F={frames})")

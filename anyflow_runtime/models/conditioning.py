@@ -150,7 +150,8 @@ class PromptKeys:
     def __init__(self, embedder: Any, text: Tensor, image: Tensor | None = None) -> None:
         if image is not None and embedder.image_embedder is None:
             raise ValueError("encoder_hidden_states_image: got a tensor, expected None for a model without image_dim")
-        self.text, self.image = text, image
+        # A tensor made in inference mode does not count its changes: compare with a copy.
+        self.text, self.image = (x.clone() if x is not None and x.is_inference() else x for x in (text, image))
         self._versions = (_version(text), _version(image))
         self._embedder = embedder
         self._tokens: Tensor | None = None
@@ -162,8 +163,8 @@ class PromptKeys:
         return unchanged and _same(self.text, text) and _same(self.image, image)
 
     def tokens(self) -> Tensor:
-        """(B, S_image + S, D); computed again where a gradient is wanted and the kept ones have none."""
-        if self._tokens is None or (torch.is_grad_enabled() and not self._tokens.requires_grad):
+        """(B, S_image + S, D)."""
+        if self._tokens is None:
             tokens = self._embedder.text_embedder(self.text)
             if self.image is not None:
                 tokens = torch.cat([self._embedder.image_embedder(self.image), tokens], dim=1)

@@ -172,8 +172,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         Raises:
             ValueError: on shapes that do not fit, or chunks that do not continue the cache.
         """
-        check_video(self.config, hidden_states, timestep, r_timestep, encoder_hidden_states)
+        check_video(
+            self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
         partition = tuple(chunk_partition)
+        _expect(len(partition) > 0, "chunk_partition", partition, "at least one chunk")
         prompt = (encoder_hidden_states, encoder_hidden_states_image)
         if kv_cache is None:
             clean = (clean_hidden_states, clean_timestep)
@@ -193,6 +196,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             hidden_states.shape[0],
             f"the batch of the cache, {cache.batch_size}",
         )
+        self._check_cache(cache)
         sample: Tensor | None = None
         if flag.get("is_cache_step"):
             times = torch.stack([timestep, r_timestep])
@@ -222,7 +226,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         Raises:
             ValueError: on shapes that do not fit.
         """
-        times = torch.zeros(2, *latents.shape[:2], device=latents.device)
+        times = torch.zeros(2, *latents.shape[:2])  # on the CPU: embedded once per rollout
+        check_video(self.config, latents, times[0], times[1], encoder_hidden_states, encoder_hidden_states_image)
+        self._check_cache(cache)
         prompt = cache.prompt(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image)
         context = Context(tuple(chunk_partition), latents.clone(), times, prompt)
         self._check_context(cache, context)
@@ -251,7 +257,13 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             self._run_blocks(x, inputs, keys_only=True)
         cache.end_write(context)
 
+    def _check_cache(self, cache: FarCache) -> None:
+        config = self.config
+        size = (config.num_layers, config.num_attention_heads, config.attention_head_dim)
+        _expect(cache.model_size == size, "kv_cache", cache.model_size, f"(layers, heads, head_dim) = {size}")
+
     def _check_context(self, cache: FarCache, context: Context) -> None:
+        cache.layout("prefill", context.partition)  # raises on a bad partition, before the cache takes it
         shape, frames = () if context.latents is None else tuple(context.latents.shape), sum(context.partition)
         expected = (cache.batch_size, frames, self.config.in_channels, *cache.latent_size)
         _expect(
@@ -283,7 +295,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             cached == partition[:-1], "chunk_partition", list(partition), f"{[*cached]} (cached) and one more chunk"
         )
         layout = cache.layout("inference", partition)
-        keys, slabs = cache.prompt(self.condition_embedder, *prompt), cache.slabs_for(layout)
+        if torch.is_grad_enabled():  # keys of its own: kept ones have no graph, or one that another backward frees
+            keys = PromptKeys(self.condition_embedder, *prompt)
+        else:
+            keys = cache.prompt(self.condition_embedder, *prompt)
+        slabs = cache.slabs_for(layout)
 
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
 

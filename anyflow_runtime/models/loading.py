@@ -100,13 +100,15 @@ class CheckpointMixin(nn.Module):
         names = [
             WEIGHTS if count == 1 else WEIGHTS.replace(".", f"-{i + 1:05}-of-{count:05}.", 1) for i in range(count)
         ]
-        for name, shard in zip(names, shards, strict=True):
-            temporary = directory / f".{name}.partial"
-            try:
-                save_file(shard, temporary, metadata={"format": "pt"})
-                temporary.replace(directory / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+        temporary = [directory / f".{name}.partial" for name in names]
+        try:  # names are taken only when all shards are complete: old and new ones may have the same
+            for file, shard in zip(temporary, shards, strict=True):
+                save_file(shard, file, metadata={"format": "pt"})
+            for file, name in zip(temporary, names, strict=True):
+                file.replace(directory / name)
+        finally:
+            for file in temporary:
+                file.unlink(missing_ok=True)
         if count > 1:
             total = sum(t.nbytes for shard in shards for t in shard.values())
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -144,7 +146,10 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     """The file of each weight."""
     index = directory / INDEX
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index}: not an index of safetensors shards ({error!r})") from error
         files = {name: directory / file for name, file in weight_map.items()}
         absent = sorted({str(file) for file in files.values() if not file.is_file()})
         if absent:
