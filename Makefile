@@ -13,7 +13,7 @@ EXTRAS := diffusers,lora,video,bench,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
 
-.PHONY: demo test check format cuda-check clean FORCE
+.PHONY: demo test check format cuda-check aot-check clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -21,7 +21,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-check: $(STAMP) cuda-check
+check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m mypy $(addprefix -p ,$(PUBLIC))
@@ -32,6 +32,10 @@ format: $(STAMP)
 
 cuda-check: $(STAMP)
 	scripts/check_cuda.sh $(PY)
+
+# Every Triton kernel for sm_80, sm_89, sm_90 and sm_100: no spills, tensor cores where they belong, shared memory that fits.
+aot-check: $(STAMP)
+	$(PY) -m anyflow_kernels.aot --check
 
 clean:
 	rm -rf $(VENV) build *.egg-info anyflow_kernels/_C*.so

@@ -1,0 +1,227 @@
+"""Compile every Triton kernel for a GPU that is not here, and read what the compiler made of it.
+
+    python -m anyflow_kernels.aot [--target sm_80|sm_89|sm_90|sm_100] [--json FILE] [--check] [--kernel SUBSTRING]
+
+Kernels, arguments and shapes come from the `aot_cases` of the modules in `triton_ops`, launch parameters from
+`launch_configs`: what is compiled is what a launch on that GPU would compile. Registers and stack are read from the
+cubin with the cuobjdump in the triton wheel, instructions from its SASS. Results stay in Triton's own cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .aot_case import AotCase
+from .launch_configs import ARCHITECTURES, GPUS
+
+# HMMA, IMMA: mma.sync. HGMMA, QGMMA: wgmma of sm_90. UTCHMMA, UTCQMMA: tcgen05 of sm_100.
+TENSOR_CORES = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|QGMMA|IGMMA|UTC\w*MMA)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
+# Multiprocessor limits the check needs beside launch_configs.Gpu.
+SHARED_PER_MULTIPROCESSOR = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+BLOCKS_PER_MULTIPROCESSOR = {80: 32, 89: 24, 90: 32, 100: 32}
+
+
+def collect(arch: int) -> list[AotCase]:
+    """The cases of all modules in `triton_ops` for one architecture."""
+    package = importlib.import_module(".triton_ops", __package__)
+    cases: list[AotCase] = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        if hasattr(module, "aot_cases"):
+            cases += module.aot_cases(arch)
+    return cases
+
+
+def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
+    """Compile one kernel for one architecture and describe the result.
+
+    Returns:
+        A row with `kernel`, `target`, `shape`, `registers` (per thread), `spill_bytes` (local memory per thread),
+        `shared_bytes` and `threads` (per block), `tensor_core_instructions` and `memory_instructions` (name -> count
+        in the SASS), `fma_dots` (matrix products that the compiler gave to FMA units), `blocks_per_multiprocessor` and
+        what limits them, and
+        `problems`: reasons to reject the kernel on this GPU.
+
+    Raises:
+        RuntimeError: if the kernels were imported under TRITON_INTERPRET=1, which leaves nothing to compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    if not isinstance(case.kernel, triton.runtime.jit.JITFunction):
+        raise RuntimeError("compile_case: the kernels were imported under TRITON_INTERPRET=1; start Python without it")
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    compiled = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
+    resources, instructions = _disassemble(compiled.asm["cubin"])
+    threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]).group(1))  # type: ignore[union-attr]
+    shared = compiled.metadata.shared
+    blocks, limit = _occupancy(arch, resources["REG"], threads, shared)
+    row = {
+        "kernel": case.name,
+        "target": f"sm_{arch}",
+        "shape": case.shape,
+        "registers": resources["REG"],
+        "spill_bytes": resources["STACK"] + resources.get("LOCAL", 0),
+        "shared_bytes": shared,
+        "threads": threads,
+        "tensor_core_instructions": {k: n for k, n in sorted(instructions.items()) if TENSOR_CORES.match(k)},
+        "memory_instructions": {k: instructions[k] for k in MEMORY if instructions[k]},
+        "instructions": sum(instructions.values()),
+        "fma_dots": _fma_dots(compiled.asm["ttgir"]),
+        "blocks_per_multiprocessor": blocks,
+        "occupancy_limit": limit,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+    }
+    row["problems"] = _problems(case, arch, row)
+    return row
+
+
+def _source(case: AotCase) -> Any:
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in case.constexprs else case.arguments[name] for name in names}
+    constexprs = {(names.index(name),): value for name, value in case.constexprs.items()}
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if n in case.divisible or (isinstance(signature[n], str) and signature[n][0] == "*")
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
+    return source(case.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Resource usage (REG, STACK, LOCAL, ...) and instruction counts of a cubin with one kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        resources = {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", dump("--dump-resource-usage"))}
+        return resources, Counter(INSTRUCTION.findall(dump("-sass")))
+
+
+def _fma_dots(ttgir: str) -> int:
+    """Matrix products whose result is in a blocked layout: those run on FMA units."""
+    dots = [line for line in ttgir.splitlines() if " tt.dot " in line]
+    return sum("#blocked" in line.rsplit("->", 1)[-1] for line in dots)
+
+
+def _occupancy(arch: int, registers: int, threads: int, shared: int) -> tuple[int, str]:
+    """Blocks that fit a multiprocessor at once, and the resource that stops the next one."""
+    gpu = GPUS[arch]
+    warps = threads // 32
+    limits = {
+        "registers": gpu.registers // (-(-registers * 32 // 256) * 256 * warps),
+        "shared memory": SHARED_PER_MULTIPROCESSOR[arch] // (shared + 1024),  # 1 KB is the system's
+        "threads": gpu.threads // threads,
+        "blocks": BLOCKS_PER_MULTIPROCESSOR[arch],
+    }
+    limit = min(limits, key=lambda name: limits[name])
+    return limits[limit], limit
+
+
+def _problems(case: AotCase, arch: int, row: dict[str, Any]) -> list[str]:
+    problems = []
+    if row["spill_bytes"]:
+        problems.append(f"spills {row['spill_bytes']} bytes per thread")
+    if case.tensor_cores and not row["tensor_core_instructions"]:
+        problems.append("no tensor-core instruction")
+    if case.requires and case.requires not in row["tensor_core_instructions"]:
+        problems.append(f"no {case.requires}")
+    if row["fma_dots"]:
+        problems.append(f"{row['fma_dots']} matrix products on FMA units")
+    if row["shared_bytes"] > GPUS[arch].shared_bytes:
+        problems.append(f"{row['shared_bytes']} bytes of shared memory, {GPUS[arch].shared_bytes} on the chip")
+    return problems
+
+
+def _compile_by_index(job: tuple[int, int]) -> dict[str, Any]:
+    """A worker's job: cases hold functions, which do not travel between processes, so their index does."""
+    arch, index = job
+    case = collect(arch)[index]
+    try:
+        return compile_case(case, arch)
+    except (
+        Exception
+    ) as error:  # one kernel that does not compile must not hide the others; the row says so and fails the check
+        message = (
+            f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+        )
+        return {"kernel": case.name, "target": f"sm_{arch}", "shape": case.shape, "problems": [message]}
+
+
+def compile_all(archs: tuple[int, ...], kernel: str = "", processes: int = 2) -> list[dict[str, Any]]:
+    """The rows of every case for every architecture whose kernel name contains `kernel`."""
+    jobs = [(arch, i) for arch in archs for i, case in enumerate(collect(arch)) if kernel in case.name]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(_compile_by_index, jobs, chunksize=1)
+
+
+def format_row(row: dict[str, Any]) -> str:
+    if "registers" not in row:
+        return f"{row['kernel']:<44}{row['shape']:<26}{row['target']:<8}{'; '.join(row['problems'])}"
+    counts = {**row["tensor_core_instructions"], **row["memory_instructions"]}
+    return (
+        f"{row['kernel']:<44}{row['shape']:<26}{row['target']:<8}{row['registers']:>5}{row['spill_bytes']:>7}"
+        f"{row['shared_bytes']:>9}{row['threads']:>9}{row['blocks_per_multiprocessor']:>8} "
+        f"{row['occupancy_limit']:<14} "
+        + " ".join(f"{name} {n}" for name, n in counts.items())
+        + "".join(f"  PROBLEM: {p}" for p in row["problems"])
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m anyflow_kernels.aot", description=(__doc__ or "").split("\n")[0])
+    names = [f"sm_{arch}" for arch in ARCHITECTURES]
+    parser.add_argument("--target", choices=names, action="append", help="may be repeated; all of them if absent")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only kernels whose name contains it")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if any kernel has a problem")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: before triton_ops is imported
+    import triton
+
+    archs = tuple(int(name.removeprefix("sm_")) for name in options.target or names)
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'kernel':<44}{'shape':<26}{'target':<8}{'regs':>5}{'spills':>7}{'shared':>9}{'threads':>9}{'blocks':>8} "
+        f"{'limited by':<14} instructions"
+    )
+    rows = compile_all(archs, options.kernel, options.processes)
+    for row in rows:
+        print(format_row(row))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    bad = [row for row in rows if row["problems"]]
+    print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
+    return 1 if options.check and bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

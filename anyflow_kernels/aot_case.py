@@ -1,0 +1,56 @@
+"""What a module of Triton kernels tells `anyflow_kernels.aot`: which kernels to compile, for which arguments.
+
+Each module of `triton_ops` has a function `aot_cases(arch: int) -> list[AotCase]`: its kernels, forward and backward,
+at the shapes of the released models, with the launch parameters that `launch_configs` holds for that architecture (80,
+89, 90, 100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Widths of the released models: heads, channels per head, D = heads * channels, hidden width of the FFN, layers.
+MODELS = {
+    "1.3B": {"heads": 12, "head_dim": 128, "dim": 1536, "ffn": 8960, "layers": 30},
+    "14B": {"heads": 40, "head_dim": 128, "dim": 5120, "ffn": 13824, "layers": 40},
+}
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel at one shape.
+
+    Args:
+        kernel: the `@triton.jit` (or `@gluon.jit`) function.
+        shape: a name for people, such as "1.3B chunk 6".
+        arguments: type of every run-time argument by name: "*bf16", "i32", "i64", "fp32", "tensordesc<bf16[128,64]>"
+            (in Gluon "tensordesc<bf16[128,64],LAYOUT>").
+        constexprs: value of every `tl.constexpr` by name, and of every run-time argument that is 1 or None at this
+            shape (a
+            launch specialises those to constants as well).
+        num_warps, num_stages: launch parameters.
+        tensor_cores: the kernel multiplies matrices: the check wants tensor-core instructions and no dot product in
+            FMA.
+        requires: a tensor-core instruction that must be among them, such as "HGMMA".
+        divisible: names of integer arguments that are multiples of 16 at this shape, as a launch would find out.
+            Pointers
+            always count as 16-byte aligned.
+        options: further compile options, such as `maxnreg`.
+    """
+
+    kernel: Any
+    shape: str
+    arguments: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
+    requires: str | None = None
+    divisible: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__).strip("_")

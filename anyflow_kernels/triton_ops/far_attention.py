@@ -1,0 +1,430 @@
+"""Softmax attention over key ranges, forward: out = softmax(scale * q k^T) v, with the log-sum-exp.
+
+Flash attention in which the mask is a loop bound: a tile of queries loops over the at most three contiguous key ranges
+that its segment sees, unmasked but for the last partial block of a range. Phantom keys start the softmax denominator.
+When the tiles do not fill the GPU evenly, keys are split and a second kernel merges the partial results by their
+log-sum-exp.
+
+FLOPs and bytes: `flops`, `bytes_moved`. Roof: tensor cores.
+Source: FlashAttention-2 (arXiv 2307.08691); stream-K (arXiv 2301.03598) for the split; masks of FAR (arXiv 2503.19325).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch_configs
+from ..far_layout import AttentionPlan
+from ..launch_configs import AttentionConfig, attention_row
+from .tile_schedule import Schedule, decode, encode, query_schedule
+
+LN2 = math.log(2.0)
+
+
+@triton.jit
+def load_rows(
+    x,
+    i_b,
+    i_h,
+    first,
+    end,
+    stride_b,
+    stride_l,
+    stride_h,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows first to first + ROWS of one head; zero beyond column HEAD_DIM and, if EDGE, from row `end` on."""
+    if DESCRIPTORS:
+        tile = x.load([i_b, i_h, first, 0]).reshape(ROWS, BLOCK_D)
+        if EDGE:
+            tile = tl.where((first + tl.arange(0, ROWS) < end)[:, None], tile, 0.0)
+    else:
+        rows = tl.arange(0, ROWS)
+        columns = tl.arange(0, BLOCK_D)
+        first_wide = tl.full([], 0, tl.int64) + first  # the interpreter's loop variables are Python integers
+        base = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h + first_wide * stride_l
+        pointers = base + (rows.to(tl.int64)[:, None] * stride_l + columns[None, :])
+        inside = (columns < HEAD_DIM)[None, :]
+        if EDGE:
+            tile = tl.load(pointers, mask=(first + rows < end)[:, None] & inside, other=0.0)
+        elif HEAD_DIM < BLOCK_D:
+            tile = tl.load(pointers, mask=inside, other=0.0)
+        else:
+            tile = tl.load(pointers)
+    return tile  # [ROWS, BLOCK_D]
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32; acc may be None."""
+    if PRECISION == "ieee":
+        # Only the interpreter's rows say so: it would multiply the bits of bf16 operands. Widening them is exact.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _softmax_step(acc, denominator, maximum, q, k, v, scale_log2, valid, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of keys: the running maximum is of the scaled logits in base 2."""
+    scores = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    if EDGE:
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
+    p = tl.exp2(scores * scale_log2 - new_maximum[:, None])
+    correction = tl.exp2(maximum - new_maximum)
+    denominator = denominator * correction + tl.sum(p, 1)
+    acc = dot(p.to(v.dtype), v, acc * correction[:, None], PRECISION)
+    return acc, denominator, new_maximum
+
+
+# Lengths are not specialised: one that happens to be a multiple of 16 would compile the kernel again mid-rollout.
+@triton.jit(do_not_specialize=["num_queries"])
+def _far_attention_forward_kernel(
+    q,
+    k,
+    v,
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    starts_ptr,
+    items_ptr,
+    ranges_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    heads,
+    num_queries,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    # Hoisting what the epilogue needs out of this loop would hold 30 to 60 registers through the inner one.
+    for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
+        item = items_ptr + i * 7
+        i_bh = tl.load(item)
+        q_start = tl.load(item + 1)
+        q_end = tl.load(item + 2)
+        slot = tl.load(item + 3)
+        phantom_keys = tl.load(item + 4)
+        first_range = tl.load(item + 5)
+        last_range = first_range + tl.load(item + 6)
+        i_b = i_bh // heads
+        i_h = i_bh % heads
+
+        q_tile = load_rows(
+            q, i_b, i_h, q_start, q_end, stride_qb, stride_ql, stride_qh,
+            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+        )  # fmt: skip
+        denominator = tl.zeros([BLOCK_M], tl.float32) + phantom_keys
+        maximum = tl.where(denominator > 0, 0.0, -float("inf"))  # a phantom key's logit is 0
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for r in range(first_range, last_range):
+            k_start = tl.load(ranges_ptr + 2 * r)
+            k_end = tl.load(ranges_ptr + 2 * r + 1)
+            k_full = k_start + (k_end - k_start) // BLOCK_N * BLOCK_N
+            for n in range(k_start, k_full, BLOCK_N):
+                k_tile = load_rows(
+                    k, i_b, i_h, n, k_end, stride_kb, stride_kl, stride_kh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
+                )  # fmt: skip
+                v_tile = load_rows(
+                    v, i_b, i_h, n, k_end, stride_vb, stride_vl, stride_vh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
+                )  # fmt: skip
+                acc, denominator, maximum = _softmax_step(
+                    acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, None, False, PRECISION
+                )
+            if k_full < k_end:
+                k_tile = load_rows(
+                    k, i_b, i_h, k_full, k_end, stride_kb, stride_kl, stride_kh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+                )  # fmt: skip
+                # What lies beyond the range may be NaN, and 0 * NaN is NaN: values are zeroed, scores masked.
+                v_tile = load_rows(
+                    v, i_b, i_h, k_full, k_end, stride_vb, stride_vl, stride_vh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
+                )  # fmt: skip
+                valid = k_full + tl.arange(0, BLOCK_N) < k_end
+                acc, denominator, maximum = _softmax_step(
+                    acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, valid, True, PRECISION
+                )
+
+        acc = acc / denominator[:, None]
+        lse = maximum * 0.6931471805599453 + tl.log(denominator)
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_D)
+        if slot < 0:
+            written = q_start + rows < q_end
+            out_tile = out_ptr + ((i_b.to(tl.int64) * num_queries + q_start) * heads + i_h) * HEAD_DIM
+            out_pointers = out_tile + (rows[:, None] * (heads * HEAD_DIM) + columns[None, :])
+            mask = written[:, None] & (columns < HEAD_DIM)[None, :]
+            tl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(lse_ptr + i_bh.to(tl.int64) * num_queries + q_start + rows, lse, mask=written)
+        else:
+            partial_tile = partial_ptr + slot.to(tl.int64) * (BLOCK_M * HEAD_DIM)
+            partial_pointers = partial_tile + (rows[:, None] * HEAD_DIM + columns[None, :])
+            tl.store(partial_pointers, acc, mask=(columns < HEAD_DIM)[None, :])
+            tl.store(partial_lse_ptr + slot.to(tl.int64) * BLOCK_M + rows, lse)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _far_attention_merge_kernel(
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    merges_ptr,
+    heads,
+    num_queries,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Partial results of one tile, weighted by exp(lse_part - lse)."""
+    merge = merges_ptr + tl.program_id(0) * 5
+    i_bh = tl.load(merge)
+    q_start = tl.load(merge + 1)
+    q_end = tl.load(merge + 2)
+    slot = tl.load(merge + 3).to(tl.int64)
+    slots = tl.load(merge + 4)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (columns < HEAD_DIM)[None, :]
+
+    lse_pointers = partial_lse_ptr + slot * BLOCK_M + rows
+    pointers = partial_ptr + slot * (BLOCK_M * HEAD_DIM) + (rows[:, None] * HEAD_DIM + columns[None, :])
+    maximum = tl.load(lse_pointers)
+    acc = tl.load(pointers, mask=inside, other=0.0)
+    denominator = tl.full([ROWS], 1.0, tl.float32)
+    for part in range(1, slots):
+        lse = tl.load(lse_pointers + part * BLOCK_M)
+        new_maximum = tl.maximum(maximum, lse)
+        correction = tl.exp(maximum - new_maximum)
+        weight = tl.exp(lse - new_maximum)
+        denominator = denominator * correction + weight
+        partial = tl.load(pointers + part * (BLOCK_M * HEAD_DIM), mask=inside, other=0.0)
+        acc = acc * correction[:, None] + partial * weight[:, None]
+        maximum = new_maximum
+
+    written = q_start + rows < q_end
+    base = out_ptr + (((i_bh // heads).to(tl.int64) * num_queries + q_start) * heads + i_bh % heads) * HEAD_DIM
+    out_pointers = base + (rows[:, None] * (heads * HEAD_DIM) + columns[None, :])
+    tl.store(out_pointers, (acc / denominator[:, None]).to(out_ptr.dtype.element_ty), mask=written[:, None] & inside)
+    tl.store(lse_ptr + i_bh.to(tl.int64) * num_queries + q_start + rows, maximum + tl.log(denominator), mask=written)
+
+
+FORWARD = "anyflow::far_attention"
+torch.library.define(
+    FORWARD,
+    "(Tensor q, Tensor k, Tensor v, SymInt[] ranges, SymInt phantom_keys, float scale) -> (Tensor out, Tensor lse)",
+)
+
+
+@torch.library.register_fake(FORWARD)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[int], phantom_keys: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@torch.library.impl(FORWARD, ("cpu", "cuda"))
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[int], phantom_keys: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    arch = launch_configs.architecture(q.device)
+    flat = tuple(ranges)
+    library = launch_configs.DENSE_ATTENTION[arch]
+    if library != "triton" and _is_dense(flat, k.shape[1]) and phantom_keys == 0 and q.itemsize == 2:
+        return _library_forward(library, q, k, v, scale)
+    if launch_configs.FORWARD_KERNEL.get(arch) == "gluon":
+        from . import far_attention_gluon  # only where Gluon can run
+
+        rows = [r for r in launch_configs.ATTENTION_GLUON if (r.arch, r.head_dim) == (arch, q.shape[3])]
+        if rows and far_attention_gluon.suits(q, k, v, decode(flat), rows[0]):
+            with torch.cuda.device_of(q):
+                return far_attention_gluon.launch_gluon(q, k, v, flat, phantom_keys, scale, rows[0])
+    descriptors = all(map(describable, (q, k, v)))
+    config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_forward(q, k, v, flat, phantom_keys, scale, config)
+
+
+def _is_dense(flat: tuple[int, ...], num_keys: int) -> bool:
+    return all(flat[i + 1 : i + 7] == (0, num_keys, 0, 0, 0, 0) for i in range(0, len(flat), 7))
+
+
+def _library_forward(library: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """cuDNN or flash SDPA on a dense plan, where the launch table says that it is faster."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if library == "cudnn":
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+        lse = lse.squeeze(-1)
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
+    return out.transpose(1, 2).contiguous(), lse[:, :, : q.shape[2]].contiguous()
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    flat: tuple[int, ...],
+    phantom_keys: int,
+    scale: float,
+    config: AttentionConfig,
+) -> tuple[Tensor, Tensor]:
+    """Allocate and launch with the given parameters; (out, lse) as the operator returns them."""
+    batch, num_queries, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    schedule = query_schedule(
+        flat,
+        batch * heads,
+        config.block_m,
+        config.block_n,
+        launch_configs.attention_programs(q.device, config),
+        config.split_cost,
+        phantom_keys,
+        q.device,
+    )
+    partial = q.new_empty(schedule.slots, config.block_m, head_dim, dtype=torch.float32)
+    partial_lse = q.new_empty(schedule.slots, config.block_m, dtype=torch.float32)
+    block_d = triton.next_power_of_2(max(head_dim, 16))
+    rows = (config.block_m, config.block_n, config.block_n)
+    inputs = [describe(x, n, block_d) if config.descriptors else x for x, n in zip((q, k, v), rows, strict=True)]
+    _far_attention_forward_kernel[(schedule.programs,)](
+        *inputs,
+        out,
+        lse,
+        partial,
+        partial_lse,
+        schedule.starts,
+        schedule.items,
+        schedule.ranges,
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        heads,
+        num_queries,
+        scale / LN2,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        DESCRIPTORS=config.descriptors,
+        PRECISION=config.precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    merge(out, lse, partial, partial_lse, schedule, config.block_m)
+    return out, lse
+
+
+MERGE_ROWS = 16  # a warp per few rows: short programs that fill the GPU
+
+
+def merge(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedule: Schedule, block_m: int) -> None:
+    """Write the tiles whose keys were split, from their partial results."""
+    if schedule.slots == 0:
+        return
+    _far_attention_merge_kernel[(schedule.merges.shape[0], block_m // MERGE_ROWS)](
+        out,
+        lse,
+        partial,
+        partial_lse,
+        schedule.merges,
+        out.shape[2],
+        out.shape[1],
+        HEAD_DIM=out.shape[3],
+        BLOCK_D=triton.next_power_of_2(max(out.shape[3], 16)),
+        BLOCK_M=block_m,
+        ROWS=MERGE_ROWS,
+        num_warps=4,
+    )
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Those of batch, token and head of (B, L, H, d)."""
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def describable(x: Tensor) -> bool:
+    """True if a TMA descriptor can address x: 16-byte aligned base, strides that are positive multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in strides(x))
+
+
+def describe(x: Tensor, rows: int, block_d: int) -> Any:
+    """Descriptor of (B, L, H, d), axes (B, H, L, d): a block is `rows` tokens of one head. Past the end it reads 0."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, length, heads, head_dim = x.shape
+    stride_b, stride_l, stride_h = strides(x)
+    shape, steps = [batch, heads, length, head_dim], [stride_b, stride_h, stride_l, 1]
+    return TensorDescriptor(x, shape, steps, [1, 1, rows, block_d])
+
+
+def flops(plan: AttentionPlan, batch: int, heads: int, head_dim: int, backward: bool = False) -> int:
+    """Two matrix products per visible pair; the backward alone has seven: scores and dp in both of its kernels."""
+    return (14 if backward else 4) * plan.num_pairs * head_dim * batch * heads
+
+
+def bytes_moved(q: Tensor, k: Tensor) -> int:
+    """q, k, v read and out written once."""
+    return 2 * (q.numel() + k.numel()) * q.itemsize
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ranges, _, scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.ranges, ctx.scale = ranges, scale
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse = ctx.saved_tensors
+    grads = torch.ops.anyflow.far_attention_backward(grad_out, q, k, v, out, lse, ctx.ranges, ctx.scale)
+    return *grads, None, None, None
+
+
+torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
+
+
+def far_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `anyflow_kernels.operations.Ops.far_attention`."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(3) != 1:
+            raise ValueError(f"{name}: got strides {x.stride()}, expected a dense last dimension")
+    if q.shape[3] > 128:
+        raise ValueError(f"q: got head_dim {q.shape[3]}, expected at most 128")
+    if scale < 0:
+        raise ValueError(f"scale: got {scale}, expected >= 0")
+    out, lse = torch.ops.anyflow.far_attention(q, k, v, encode(plan.ranges), plan.phantom_keys, scale)
+    return (out, lse.detach()) if return_lse else out

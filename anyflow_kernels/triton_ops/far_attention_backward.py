@@ -1,0 +1,389 @@
+"""Attention over key ranges, backward: dq, dk, dv from the log-sum-exp, without atomics, hence deterministic.
+
+With p = exp(scale * q k^T - lse), dp = dout v^T, delta = rowsum(dout * out) and ds = p * (dp - delta):
+dq = scale * ds k, dk = scale * ds^T q, dv = p^T dout. One kernel walks the key ranges of a query tile (dq), another
+the query ranges that see a key tile (dk, dv; the transposed plan). Phantom keys have no gradient: they act through the
+lse alone.
+
+FLOPs: 14 * plan.num_pairs * d * B * H (scores and dp twice, dq, dk, dv). Roof: tensor cores.
+Source: FlashAttention-2 (arXiv 2307.08691), section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch_configs
+from ..launch_configs import AttentionConfig, attention_row
+from .far_attention import LN2, describable, describe, dot, load_rows, strides
+from .tile_schedule import Schedule, key_schedule, query_schedule
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _far_attention_delta_kernel(
+    out_ptr,
+    grad_ptr,
+    delta_ptr,
+    stride_gb,
+    stride_gl,
+    stride_gh,
+    heads,
+    num_queries,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = rowsum(dout * out), for ROWS queries of one head."""
+    i_b = tl.program_id(1) // heads
+    i_h = tl.program_id(1) % heads
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < num_queries)[:, None] & (columns < HEAD_DIM)[None, :]
+    wide_rows = rows.to(tl.int64)[:, None]
+    out_offsets = ((i_b.to(tl.int64) * num_queries + wide_rows) * heads + i_h) * HEAD_DIM + columns[None, :]
+    grad_offsets = (
+        i_b.to(tl.int64) * stride_gb + wide_rows * stride_gl + i_h.to(tl.int64) * stride_gh + columns[None, :]
+    )
+    out = tl.load(out_ptr + out_offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
+    target = delta_ptr + tl.program_id(1).to(tl.int64) * num_queries + rows
+    tl.store(target, tl.sum(out * grad, 1), mask=rows < num_queries)
+
+
+@triton.jit
+def _load_statistics(lse_ptr, delta_ptr, i_bh, first, end, num_queries, ROWS: tl.constexpr):
+    """lse in base 2 and delta of ROWS queries. From row `end` on lse is infinite, so that p is 0 there."""
+    rows = first + tl.arange(0, ROWS)
+    base = i_bh.to(tl.int64) * num_queries
+    lse = tl.load(lse_ptr + base + rows, mask=rows < end, other=float("inf"))
+    delta = tl.load(delta_ptr + base + rows, mask=rows < end, other=0.0)
+    return lse * 1.4426950408889634, delta
+
+
+@triton.jit
+def _dq_step(dq, q, grad, k, v, lse, delta, scale_log2, valid, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    scores = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(scores * scale_log2 - lse[:, None])
+    if EDGE:
+        p = tl.where(valid[None, :], p, 0.0)
+    dp = dot(grad, v.T, None, PRECISION)
+    ds = p * (dp - delta[:, None])
+    return dot(ds.to(k.dtype), k, dq, PRECISION)
+
+
+@triton.jit(do_not_specialize=["num_queries"])
+def _far_attention_dq_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    starts_ptr,
+    items_ptr,
+    ranges_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_gb,
+    stride_gl,
+    stride_gh,
+    heads,
+    num_queries,
+    scale,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
+        item = items_ptr + i * 7
+        i_bh = tl.load(item)
+        q_start = tl.load(item + 1)
+        q_end = tl.load(item + 2)
+        first_range = tl.load(item + 5)
+        last_range = first_range + tl.load(item + 6)
+        i_b = i_bh // heads
+        i_h = i_bh % heads
+
+        q_tile = load_rows(
+            q, i_b, i_h, q_start, q_end, stride_qb, stride_ql, stride_qh,
+            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+        )  # fmt: skip
+        grad_tile = load_rows(
+            grad, i_b, i_h, q_start, q_end, stride_gb, stride_gl, stride_gh,
+            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+        )  # fmt: skip
+        lse, delta = _load_statistics(lse_ptr, delta_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for r in range(first_range, last_range):
+            k_start = tl.load(ranges_ptr + 2 * r)
+            k_end = tl.load(ranges_ptr + 2 * r + 1)
+            k_full = k_start + (k_end - k_start) // BLOCK_N * BLOCK_N
+            for n in range(k_start, k_full, BLOCK_N):
+                k_tile = load_rows(
+                    k, i_b, i_h, n, k_end, stride_kb, stride_kl, stride_kh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
+                )  # fmt: skip
+                v_tile = load_rows(
+                    v, i_b, i_h, n, k_end, stride_vb, stride_vl, stride_vh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
+                )  # fmt: skip
+                dq = _dq_step(dq, q_tile, grad_tile, k_tile, v_tile, lse, delta, scale_log2, None, False, PRECISION)
+            if k_full < k_end:
+                # What lies beyond the range may be NaN: keys and values are zeroed, and p for exp2(-lse) of those
+                # zeros.
+                k_tile = load_rows(
+                    k, i_b, i_h, k_full, k_end, stride_kb, stride_kl, stride_kh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
+                )  # fmt: skip
+                v_tile = load_rows(
+                    v, i_b, i_h, k_full, k_end, stride_vb, stride_vl, stride_vh,
+                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
+                )  # fmt: skip
+                valid = k_full + tl.arange(0, BLOCK_N) < k_end
+                dq = _dq_step(dq, q_tile, grad_tile, k_tile, v_tile, lse, delta, scale_log2, valid, True, PRECISION)
+        store_rows(dq_ptr, dq * scale, i_b, i_h, q_start, q_end, num_queries, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def store_rows(
+    out_ptr,
+    tile,
+    i_b,
+    i_h,
+    first,
+    end,
+    length,
+    heads,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows first to end of one head of a contiguous (B, length, H, HEAD_DIM) tensor."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    base = out_ptr + ((i_b.to(tl.int64) * length + first) * heads + i_h) * HEAD_DIM
+    mask = (first + rows < end)[:, None] & (columns < HEAD_DIM)[None, :]
+    pointers = base + (rows[:, None] * (heads * HEAD_DIM) + columns[None, :])
+    tl.store(pointers, tile.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dkdv_step(dk, dv, k, v, q, grad, lse_row, delta_row, queries, q_end, scale_log2, PRECISION: tl.constexpr):
+    """One block of queries. lse and delta are loaded where they are used: each holds 16 registers in this layout."""
+    lse = tl.load(lse_row + queries, mask=queries < q_end, other=float("inf")) * 1.4426950408889634
+    scores = dot(k, q.T, None, PRECISION)  # [BLOCK_N, BLOCK_M]
+    p = tl.exp2(scores * scale_log2 - lse[None, :])
+    dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
+    dp = dot(v, grad.T, None, PRECISION)
+    delta = tl.load(delta_row + queries, mask=queries < q_end, other=0.0)
+    ds = p * (dp - delta[None, :])
+    dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+def _far_attention_dkdv_kernel(
+    q,
+    k,
+    v,
+    grad,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    items_ptr,
+    ranges_ptr,
+    stride_qb,
+    stride_ql,
+    stride_qh,
+    stride_kb,
+    stride_kl,
+    stride_kh,
+    stride_vb,
+    stride_vl,
+    stride_vh,
+    stride_gb,
+    stride_gl,
+    stride_gh,
+    heads,
+    num_queries,
+    num_keys,
+    scale,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # One key tile per program: the state of a loop over tiles would spill. The grid is ordered longest first.
+    item = items_ptr + tl.program_id(0) * 7
+    i_bh = tl.load(item)
+    k_start = tl.load(item + 1)
+    k_end = tl.load(item + 2)
+    first_range = tl.load(item + 5)
+    last_range = first_range + tl.load(item + 6)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    lse_row = lse_ptr + i_bh.to(tl.int64) * num_queries
+    delta_row = delta_ptr + i_bh.to(tl.int64) * num_queries
+
+    k_tile = load_rows(
+        k, i_b, i_h, k_start, k_end, stride_kb, stride_kl, stride_kh,
+        BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+    )  # fmt: skip
+    v_tile = load_rows(
+        v, i_b, i_h, k_start, k_end, stride_vb, stride_vl, stride_vh,
+        BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+    )  # fmt: skip
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for r in range(first_range, last_range):
+        q_start = tl.load(ranges_ptr + 2 * r)
+        q_end = tl.load(ranges_ptr + 2 * r + 1)
+        # No separate edge: beyond the range p is 0 by its infinite lse, and rows there are other queries, not garbage.
+        for m in range(q_start, q_end, BLOCK_M):
+            q_tile = load_rows(
+                q, i_b, i_h, m, q_end, stride_qb, stride_ql, stride_qh,
+                BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+            )  # fmt: skip
+            grad_tile = load_rows(
+                grad, i_b, i_h, m, q_end, stride_gb, stride_gl, stride_gh,
+                BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
+            )  # fmt: skip
+            queries = m + tl.arange(0, BLOCK_M)
+            dk, dv = _dkdv_step(
+                dk, dv, k_tile, v_tile, q_tile, grad_tile, lse_row, delta_row, queries, q_end, scale_log2, PRECISION
+            )
+    store_rows(dk_ptr, dk * scale, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, dv, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
+
+
+BACKWARD = "anyflow::far_attention_backward"
+torch.library.define(
+    BACKWARD,
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, SymInt[] ranges, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+
+
+@torch.library.register_fake(BACKWARD)
+def _fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ranges: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.impl(BACKWARD, ("cpu", "cuda"))
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ranges: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad.stride(3) != 1 or 0 in strides(grad):  # an expanded gradient, such as that of a sum
+        grad = grad.contiguous()
+    arch = launch_configs.architecture(q.device)
+    descriptors = all(map(describable, (q, k, v, grad)))
+    dq_config, dkdv_config = (
+        attention_row(table, arch, q.shape[3], q.itemsize, descriptors)
+        for table in (launch_configs.ATTENTION_DQ, launch_configs.ATTENTION_DKDV)
+    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch_backward(grad, q, k, v, out, lse, tuple(ranges), scale, dq_config, dkdv_config)
+
+
+DELTA_ROWS = 32
+
+
+def launch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    flat: tuple[int, ...],
+    scale: float,
+    dq_config: AttentionConfig,
+    dkdv_config: AttentionConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate and launch with the given parameters; (dq, dk, dv), contiguous."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    batch, num_queries, heads, head_dim = q.shape
+    block_d = triton.next_power_of_2(max(head_dim, 16))
+    delta = torch.empty_like(lse)
+    _far_attention_delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), batch * heads)](
+        out,
+        grad,
+        delta,
+        *strides(grad),
+        heads,
+        num_queries,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        ROWS=DELTA_ROWS,
+        num_warps=4,
+    )
+    sizes = [n for x in (q, k, v, grad) for n in strides(x)]
+
+    def launch(
+        kernel: triton.JITFunction,
+        config: AttentionConfig,
+        schedule: Schedule,
+        targets: tuple[Tensor, ...],
+        tables: tuple[Tensor, ...],
+        lengths: tuple[int, ...],
+    ) -> None:
+        rows = (config.block_m, config.block_n, config.block_n, config.block_m)
+        tensors = zip((q, k, v, grad), rows, strict=True)
+        kernel[(schedule.programs,)](
+            *(describe(x, n, block_d) if config.descriptors else x for x, n in tensors),
+            lse,
+            delta,
+            *targets,
+            *tables,
+            *sizes,
+            heads,
+            *lengths,
+            scale,
+            scale / LN2,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            DESCRIPTORS=config.descriptors,
+            PRECISION=config.precision,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    rows, columns = dq_config.block_m, dq_config.block_n
+    programs = launch_configs.attention_programs(q.device, dq_config)
+    by_query = query_schedule(flat, batch * heads, rows, columns, programs, None, 0, q.device)
+    dq_tables = (by_query.starts, by_query.items, by_query.ranges)
+    launch(_far_attention_dq_kernel, dq_config, by_query, (dq,), dq_tables, (num_queries,))
+
+    num_keys = k.shape[1]
+    by_key = key_schedule(flat, num_keys, batch * heads, dkdv_config.block_n, dkdv_config.block_m, q.device)
+    dkdv_tables = (by_key.items, by_key.ranges)
+    launch(_far_attention_dkdv_kernel, dkdv_config, by_key, (dk, dv), dkdv_tables, (num_queries, num_keys))
+    return dq, dk, dv

@@ -1,0 +1,89 @@
+"""What `anyflow_kernels.aot` compiles of `far_attention`: each kernel under every row of its launch table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import triton
+
+from .. import launch_configs
+from ..aot_case import MODELS, AotCase
+from ..launch_configs import AttentionConfig, attention_row, rows_for
+from .far_attention import MERGE_ROWS, _far_attention_forward_kernel, _far_attention_merge_kernel
+from .far_attention_backward import (
+    DELTA_ROWS,
+    _far_attention_delta_kernel,
+    _far_attention_dkdv_kernel,
+    _far_attention_dq_kernel,
+)
+
+_TYPES = {2: "bf16", 4: "fp32"}
+_FLOATS = ("lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr")
+_TABLES = ("starts_ptr", "items_ptr", "ranges_ptr", "merges_ptr")
+
+
+def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: int) -> AotCase:
+    """An attention kernel as `launch_forward` or `launch_backward` would launch it under this configuration."""
+    dtype, block_d = _TYPES[config.itemsize], triton.next_power_of_2(max(head_dim, 16))
+    blocks = {"q": config.block_m, "grad": config.block_m, "k": config.block_n, "v": config.block_n}
+
+    def argument(name: str) -> str:
+        if name in blocks and config.descriptors:
+            return f"tensordesc<{dtype}[1,1,{blocks[name]},{block_d}]>"
+        if name in _FLOATS or name in _TABLES:
+            return "*fp32" if name in _FLOATS else "*i32"
+        if name in blocks or name.endswith("_ptr"):
+            return f"*{dtype}"
+        return "fp32" if name.startswith("scale") else "i32"
+
+    names = kernel.arg_names
+    constexprs = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "DESCRIPTORS": config.descriptors,
+        "PRECISION": config.precision,
+    }
+    return AotCase(
+        kernel,
+        shape,
+        {name: argument(name) for name in names if not name.isupper()},
+        {name: value for name, value in constexprs.items() if name in names},
+        config.num_warps,
+        config.num_stages,
+        tensor_cores=True,
+        requires="HGMMA" if config.arch == 90 and config.itemsize == 2 else None,
+        divisible=tuple(name for name in names if name.startswith("stride_") and head_dim % 16 == 0),
+    )
+
+
+def attention_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int) -> list[AotCase]:
+    """A kernel under every row of its table: at the released models' shapes where the row serves those, else at its
+    own."""
+    cases = []
+    for row in rows_for(table, arch):
+        shapes = [f"{_TYPES[row.itemsize]} d{row.head_dim}{'' if row.descriptors else ' pointers'}"]
+        if row == attention_row(table, arch, 128, 2):
+            shapes = [f"{name} {shapes[0]}" for name in MODELS]
+        cases += [attention_case(kernel, row, shape, row.head_dim) for shape in shapes]
+    return cases
+
+
+def aot_cases(arch: int) -> list[AotCase]:
+    return [
+        *attention_cases(_far_attention_forward_kernel, launch_configs.ATTENTION_FORWARD, arch),
+        *attention_cases(_far_attention_dq_kernel, launch_configs.ATTENTION_DQ, arch),
+        *attention_cases(_far_attention_dkdv_kernel, launch_configs.ATTENTION_DKDV, arch),
+        *_row_cases(_far_attention_merge_kernel, launch_configs.ATTENTION_FORWARD, arch, MERGE_ROWS),
+        *_row_cases(_far_attention_delta_kernel, launch_configs.ATTENTION_DQ, arch, DELTA_ROWS),
+    ]
+
+
+def _row_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int, rows: int) -> list[AotCase]:
+    """A kernel that works row by row, without products, at the released models' shapes."""
+    config = replace(attention_row(table, arch, 128, 2), descriptors=False, num_warps=4, num_stages=3)
+    case = attention_case(kernel, config, "", 128)
+    case = replace(case, constexprs={**case.constexprs, "ROWS": rows}, tensor_cores=False, requires=None)
+    return [replace(case, shape=f"{name} bf16 d128") for name in MODELS]

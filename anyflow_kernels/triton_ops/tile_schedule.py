@@ -1,0 +1,251 @@
+"""Who computes which tile: an `AttentionPlan` turned into tables of int32 for a persistent grid.
+
+Forward and dq loop over the keys of a query tile, dk and dv over the queries of a key tile; both are a *tile* (rows of
+one head) with at most a few *ranges* (columns to loop over). Tiles never straddle a segment, so a range is visible to
+all of a tile or to none and needs no mask but at its ragged end. Built once per plan, shape and device, on the CPU,
+and cached.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Ranges = tuple[tuple[int, int], ...]
+Runs = tuple[tuple[int, int, Ranges], ...]
+
+ITEM = 7  # columns of Schedule.items
+MERGE = 5  # columns of Schedule.merges
+MIN_PIECE = 2  # key blocks: a shorter piece costs more in its prologue and its partial result than it evens out
+
+
+class Schedule(NamedTuple):
+    """Tables of one launch, int32 on its device.
+
+    starts: (programs + 1,); program p computes items starts[p] to starts[p + 1].
+    items: (n, 7): batch * heads + head, first row, end row, slot of the partial result or -1, phantom keys, first
+        range, ranges.
+    ranges: (n, 2): first column, end column.
+    merges: (n, 5): batch * heads + head, first row, end row, first slot, slots.
+    slots: partial results in all, 0 if no tile is split.
+    """
+
+    starts: Tensor
+    items: Tensor
+    ranges: Tensor
+    merges: Tensor
+    slots: int
+
+    @property
+    def programs(self) -> int:
+        return self.starts.numel() - 1
+
+
+class _Tile(NamedTuple):
+    start: int
+    end: int
+    ranges: Ranges
+    blocks: int
+
+
+class _Piece(NamedTuple):
+    """Blocks `first` to `last` of a tile's ranges, for one head."""
+
+    head: int
+    tile: _Tile
+    first: int
+    last: int
+
+
+def encode(runs: Runs) -> list[int]:
+    """Runs as a flat list of ints, the form in which they pass through a torch operator: 7 per run, unused ranges (0,
+    0)."""
+    flat = []
+    for _, end, ranges in runs:
+        flat.append(end)
+        for a, b in ranges:
+            flat += (a, b)
+        flat += (0, 0) * (3 - len(ranges))
+    return flat
+
+
+def decode(flat: Sequence[int]) -> Runs:
+    """The inverse of `encode`."""
+    runs, start = [], 0
+    for i in range(0, len(flat), 7):
+        end, *bounds = flat[i : i + 7]
+        ranges = tuple((bounds[j], bounds[j + 1]) for j in (0, 2, 4) if bounds[j + 1] > bounds[j])
+        runs.append((start, end, ranges))
+        start = end
+    return tuple(runs)
+
+
+def transpose(runs: Runs, num_keys: int) -> Runs:
+    """Per run of keys the ranges of queries that see it. Keys that no query sees form runs without ranges."""
+    cuts = sorted({0, num_keys, *(bound for _, _, ranges in runs for key_range in ranges for bound in key_range)})
+    result: list[tuple[int, int, Ranges]] = []
+    for k_start, k_end in pairwise(cuts):
+        seen_by: list[tuple[int, int]] = []
+        for q_start, q_end, ranges in runs:
+            if any(a <= k_start and k_end <= b for a, b in ranges):
+                if seen_by and seen_by[-1][1] == q_start:
+                    seen_by[-1] = (seen_by[-1][0], q_end)
+                else:
+                    seen_by.append((q_start, q_end))
+        if result and result[-1][2] == tuple(seen_by):
+            result[-1] = (result[-1][0], k_end, result[-1][2])
+        else:
+            result.append((k_start, k_end, tuple(seen_by)))
+    return tuple(result)
+
+
+@lru_cache(maxsize=512)
+def query_schedule(
+    flat: tuple[int, ...],
+    heads: int,
+    block_rows: int,
+    block_columns: int,
+    programs: int,
+    split_cost: int | None,
+    phantom_keys: int,
+    device: torch.device,
+) -> Schedule:
+    """Tiles of queries with their key ranges.
+
+    Args:
+        flat: `encode(plan.ranges)`.
+        heads: batch * heads.
+        programs: size of the grid: the blocks the GPU holds at once.
+        split_cost: blocks of the longest program that splitting keys must save to be worth the merge; None never
+            splits.
+    """
+    return _build(decode(flat), heads, block_rows, block_columns, programs, split_cost, phantom_keys, device)
+
+
+@lru_cache(maxsize=512)
+def key_schedule(
+    flat: tuple[int, ...],
+    num_keys: int,
+    heads: int,
+    block_rows: int,
+    block_columns: int,
+    device: torch.device,
+) -> Schedule:
+    """Tiles of keys with the query ranges that see them, one per program, longest first. Arguments as in
+    `query_schedule`."""
+    runs = transpose(decode(flat), num_keys)
+    return _build(runs, heads, block_rows, block_columns, heads * (num_keys + len(runs)), None, 0, device)
+
+
+def _build(
+    runs: Runs,
+    heads: int,
+    block_rows: int,
+    block_columns: int,
+    programs: int,
+    split_cost: int | None,
+    phantom_keys: int,
+    device: torch.device,
+) -> Schedule:
+    tiles = [
+        _Tile(row, min(row + block_rows, end), ranges, sum(-(-(b - a) // block_columns) for a, b in ranges))
+        for start, end, ranges in runs
+        for row in range(start, end, block_rows)
+    ]
+    whole = [_Piece(head, tile, 0, tile.blocks) for head in range(heads) for tile in tiles]
+    bins = _longest_first(whole, programs)
+    if split_cost is not None:
+        makespan = max(sum(p.last - p.first for p in pieces) for pieces in bins)
+        balanced = -(-sum(p.last for p in whole) // programs)
+        if makespan - max(balanced, MIN_PIECE) > split_cost:
+            bins = _evenly_split(whole, programs)
+    return _tabulate(bins, block_columns, phantom_keys, device)
+
+
+def _longest_first(pieces: list[_Piece], programs: int) -> list[list[_Piece]]:
+    """Each piece, longest first, to the program with the least work. The sort is stable: equal tiles of a head stay
+    together, so that programs running at the same time share its keys in L2."""
+    programs = min(programs, len(pieces))
+    bins: list[list[_Piece]] = [[] for _ in range(programs)]
+    heap = [(0, program) for program in range(programs)]
+    for piece in sorted(pieces, key=lambda p: -p.last):
+        load, program = heap[0]
+        bins[program].append(piece)
+        # A tile costs about one block beside its loop; this also spreads tiles that have none.
+        heapq.heapreplace(heap, (load + piece.last + 1, program))
+    return bins
+
+
+def _evenly_split(pieces: list[_Piece], programs: int) -> list[list[_Piece]]:
+    """All blocks in a row, cut into equal shares (stream-K). A cut that would leave a piece under MIN_PIECE moves to
+    the tile's edge."""
+    total = sum(p.last for p in pieces)
+    programs = max(1, min(programs, total // MIN_PIECE))
+    bins: list[list[_Piece]] = [[] for _ in range(programs)]
+    position = 0
+    for head, tile, _, blocks in pieces:
+        cuts = [0]
+        first_bound = position * programs // total + 1
+        last_bound = (position + blocks) * programs // total
+        for bound in range(first_bound, last_bound + 1):
+            cut = bound * total // programs - position
+            if cut - cuts[-1] >= MIN_PIECE and blocks - cut >= MIN_PIECE:
+                cuts.append(cut)
+        cuts.append(blocks)
+        for first, last in pairwise(cuts):
+            middle = 2 * position + first + last
+            bins[min(middle * programs // (2 * total), programs - 1)].append(_Piece(head, tile, first, last))
+        position += blocks
+    return [pieces for pieces in bins if pieces]
+
+
+def _tabulate(bins: list[list[_Piece]], block_columns: int, phantom_keys: int, device: torch.device) -> Schedule:
+    starts, items, merges = [0], [], []
+    ranges: dict[Ranges, int] = {}
+    range_rows: list[tuple[int, int]] = []
+    slots = 0
+    for pieces in bins:
+        for head, tile, first, last in pieces:
+            visible = _clip(tile.ranges, first, last, block_columns)
+            if visible not in ranges:
+                ranges[visible] = len(range_rows)
+                range_rows += visible
+            slot = -1
+            if (first, last) != (0, tile.blocks):
+                slot = slots
+                slots += 1
+                if first == 0:
+                    merges.append([head, tile.start, tile.end, slot, 0])
+                merges[-1][4] += 1
+            phantom = phantom_keys if first == 0 else 0
+            items.append((head, tile.start, tile.end, slot, phantom, ranges[visible], len(visible)))
+        starts.append(len(items))
+
+    def table(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns).to(device)
+
+    return Schedule(
+        torch.tensor(starts, dtype=torch.int32).to(device),
+        table(items, ITEM),
+        table(range_rows, 2),
+        table(merges, MERGE),
+        slots,
+    )
+
+
+def _clip(ranges: Ranges, first: int, last: int, block: int) -> Ranges:
+    """The part of the ranges that blocks `first` to `last` cover, blocks counted through all ranges."""
+    result, offset = [], 0
+    for start, end in ranges:
+        blocks = -(-(end - start) // block)
+        low, high = max(first - offset, 0), min(last - offset, blocks)
+        if low < high:
+            result.append((start + low * block, min(end, start + high * block)))
+        offset += blocks
+    return tuple(result)

@@ -1,0 +1,48 @@
+"""Dual timestep embedding: one distinct (t, r), a guided pair, and one per frame of a training sample.
+
+    python -m bench.dual_timestep_embedding [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+
+`--dtype` is that of the projection; the MLPs are fp32, as checkpoints load them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anyflow_kernels import TimestepMLP
+from anyflow_kernels.aot_case import MODELS
+from anyflow_kernels.triton_ops.dual_timestep_embedding import FREQ_DIM, bytes_moved
+
+from .kernel_bench import Case, run
+
+ROWS = {"one (t, r)": 1, "two": 2, "training, 21 frames": 21}
+
+
+def case(name: str, rows: int, dim: int, dtype: torch.dtype) -> Case:
+    def make(generator: torch.Generator, device: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+        def weight(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device)
+
+        def mlp() -> TimestepMLP:
+            return TimestepMLP(weight(dim, FREQ_DIM), weight(dim), weight(dim, dim), weight(dim))
+
+        t, r = (torch.rand(rows, generator=generator).to(device) * 1000 for _ in range(2))
+        return (t, r, mlp(), mlp(), weight(6 * dim, dim).to(dtype), weight(6 * dim).to(dtype), 0.25), {}
+
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    return Case(name, make, bytes_moved(dim, FREQ_DIM, 4, itemsize))
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    models = MODELS if torch.cuda.is_available() else {"1.3B": MODELS["1.3B"]}
+    return [
+        case(f"{model} {name}", rows, size["dim"], dtype)
+        for model, size in models.items()
+        for name, rows in ROWS.items()
+    ]
+
+
+if __name__ == "__main__":
+    run("dual_timestep_embedding", __doc__, cases)

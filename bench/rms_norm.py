@@ -1,0 +1,34 @@
+"""RMSNorm over all channels, as of the queries of cross-attention.
+
+python -m bench.rms_norm [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from anyflow_kernels.triton_ops.rms_norm import bytes_moved
+
+from .kernel_bench import Case, model_cases, run
+
+
+def case(name: str, tokens: int, width: int, dtype: torch.dtype, backward: bool) -> Case:
+    def make(generator: torch.Generator, device: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+        x = torch.randn(1, tokens, width, generator=generator).to(device, dtype).requires_grad_(backward)
+        weight = torch.rand(width, generator=generator).to(device, dtype).requires_grad_(backward)
+        return (x, weight, 1e-6), {}
+
+    x = torch.empty(1, tokens, width, dtype=dtype, device="meta")
+    return Case(name, make, bytes_moved(x) + (bytes_moved(x, backward=True) if backward else 0), backward=backward)
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    return [
+        case(name, layout.num_query_tokens, size["dim"], dtype, layout.clean) for name, size, layout in model_cases()
+    ]
+
+
+if __name__ == "__main__":
+    run("rms_norm", __doc__, cases)
