@@ -13,7 +13,7 @@ import torch
 
 from anyflow_kernels import TimestepMLP
 from anyflow_kernels.aot_case import MODELS
-from anyflow_kernels.triton_ops.dual_timestep_embedding import FREQ_DIM, bytes_moved
+from anyflow_kernels.triton_ops.dual_timestep_embedding import FREQ_DIM, bytes_moved, flops
 
 from .kernel_bench import Case, run
 
@@ -32,7 +32,7 @@ def case(name: str, rows: int, dim: int, dtype: torch.dtype) -> Case:
         return (t, r, mlp(), mlp(), weight(6 * dim, dim).to(dtype), weight(6 * dim).to(dtype), 0.25), {}
 
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    return Case(name, make, bytes_moved(dim, FREQ_DIM, 4, itemsize))
+    return Case(name, make, bytes_moved(dim, FREQ_DIM, 4, itemsize), elementwise_flops=flops(rows, dim, FREQ_DIM))
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

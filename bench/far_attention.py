@@ -30,6 +30,7 @@ from anyflow_kernels.triton_ops.tile_schedule import encode
 
 from .common import interleaved_medians, machine_line, relative_error, write_rows
 from .kernel_bench import LAYOUTS, PARTITION, copy_bandwidth, gemm_rate
+from .roofline import draw_roofline
 
 SHAPES = {**LAYOUTS, "chunk 6": FarLayout(PARTITION[:7], 60, 104, mode="inference")}
 CPU_SHAPES = ("1.3B chunk 0",)
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--shape", default="", metavar="SUBSTRING", help="only shapes whose name contains it")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--plot", help="write a roofline picture to this file")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     print(machine_line("triton", "anyflow-kernels"))
@@ -62,6 +64,8 @@ def main() -> None:
             rows += bench_shape(
                 name, AttentionPlan.from_layout(layout), size, layout.clean, dtype, options.repeats, gemm
             )
+    if options.plot:
+        draw_roofline(rows, copy, gemm, options.plot)
     write_rows(rows, options.json)
 
 
@@ -111,6 +115,8 @@ def bench_shape(
                 "contestant": label,
                 "dtype": str(dtype).removeprefix("torch."),
                 "ms": s * 1e3,
+                "flops": work,
+                "bytes": bytes_moved(q, k),
                 "tflop_per_s": rate / 1e12,
                 "of_ceiling": rate / gemm,
                 "gb_per_s": bandwidth / 1e9,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anyflow_kernels.triton_ops.flow_map_step import bytes_moved
+from anyflow_kernels.triton_ops.flow_map_step import bytes_moved, flops
 
 from .kernel_bench import Case, run
 
@@ -24,7 +24,9 @@ def case(name: str, frames: int, guided: bool, dtype: torch.dtype) -> Case:
         sigma_t, sigma_r = (torch.full((1, frames), s, device=device) for s in (0.9, 0.6))
         return (x, u, sigma_t, sigma_r), {"u_uncond": u_uncond, "guidance": 5.0} if guided else {}
 
-    return Case(name + (", guided" if guided else ""), make, bytes_moved(torch.empty(shape, dtype=dtype), guided))
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    title = name + (", guided" if guided else "")
+    return Case(title, make, bytes_moved(x, guided), elementwise_flops=flops(x, guided))
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anyflow_kernels import FarLayout
-from anyflow_kernels.triton_ops.gated_residual_layer_norm import bytes_moved
+from anyflow_kernels.triton_ops.gated_residual_layer_norm import bytes_moved, flops
 from anyflow_kernels.triton_ops.gated_residual_layer_norm_backward import bytes_moved as backward_bytes_moved
 
 from .kernel_bench import Case, model_cases, run
@@ -45,7 +45,7 @@ def case(name: str, width: int, layout: FarLayout, use: str, dtype: torch.dtype,
     moved = bytes_moved(x, frames, "branch" in terms, len({"gate", "shift", "scale"} & set(terms)))
     if backward:
         moved += backward_bytes_moved(x, "gate" in terms, "branch" in terms)
-    return Case(f"{name}, {use}", make, moved, backward=backward)
+    return Case(f"{name}, {use}", make, moved, elementwise_flops=(3 if backward else 1) * flops(x), backward=backward)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

@@ -19,6 +19,7 @@ from anyflow_kernels import FarLayout, available_backends, load_ops
 from anyflow_kernels.aot_case import MODELS
 
 from .common import check_close, interleaved_medians, machine_line, relative_error, write_rows
+from .roofline import draw_roofline
 
 PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # 81 frames of video
 ROTATED_BYTES = 256 * 2**20  # several times the L2 of any GPU here
@@ -49,7 +50,8 @@ class Case:
     name: str
     make: Callable[[torch.Generator, str, torch.dtype], tuple[tuple, dict[str, Any]]]
     bytes_moved: int
-    flops: int = 0
+    flops: int = 0  # of matrix products: the GEMM ceiling is the roof
+    elementwise_flops: int = 0  # of everything else: the copy ceiling is the roof
     backward: bool = False
 
 
@@ -71,6 +73,7 @@ def run(operation: str, doc: str | None, cases: Callable[[torch.dtype], Sequence
     )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--plot", help="write a roofline picture to this file")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     print(machine_line("triton", "anyflow-kernels"))
@@ -80,7 +83,13 @@ def run(operation: str, doc: str | None, cases: Callable[[torch.dtype], Sequence
     rows = []
     for case in cases(dtype):
         rows += _bench_case(operation, case, device, dtype, options.repeats, copy, gemm)
+    if options.plot:
+        draw_roofline(rows, copy, gemm, options.plot)
     write_rows(rows, options.json)
+    ours = "triton" if device == "cuda" else "torch"
+    missing = {case.name for case in cases(dtype)} - {row["shape"] for row in rows if row["contestant"] == ours}
+    if missing:
+        raise SystemExit(f"{operation}: {ours} failed its parity check at {sorted(missing)}")
 
 
 def copy_bandwidth(device: str) -> float:
@@ -163,6 +172,8 @@ def _bench_case(
                 "contestant": name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "ms": s * 1e3,
+                "flops": case.flops or case.elementwise_flops,
+                "bytes": case.bytes_moved,
                 "gb_per_s": bandwidth / 1e9,
                 "tflop_per_s": rate / 1e12,
                 "of_ceiling": ceiling,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anyflow_kernels import FarLayout
-from anyflow_kernels.triton_ops.qk_norm_rope_append import bytes_moved
+from anyflow_kernels.triton_ops.qk_norm_rope_append import bytes_moved, flops
 from anyflow_kernels.triton_ops.qk_norm_rope_append_backward import bytes_moved as backward_bytes_moved
 
 from .kernel_bench import Case, model_cases, run
@@ -33,7 +33,7 @@ def case(name: str, heads: int, head_dim: int, layout: FarLayout, dtype: torch.d
 
     qkv = torch.empty(1, tokens, 3 * width, dtype=dtype, device="meta")
     moved = bytes_moved(qkv, heads) + (backward_bytes_moved(qkv) if backward else 0)
-    return Case(name, make, moved, backward=backward)
+    return Case(name, make, moved, elementwise_flops=(3 if backward else 1) * flops(qkv), backward=backward)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:

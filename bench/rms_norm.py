@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anyflow_kernels.triton_ops.rms_norm import bytes_moved
+from anyflow_kernels.triton_ops.rms_norm import bytes_moved, flops
 
 from .kernel_bench import Case, model_cases, run
 
@@ -21,7 +21,9 @@ def case(name: str, tokens: int, width: int, dtype: torch.dtype, backward: bool)
         return (x, weight, 1e-6), {}
 
     x = torch.empty(1, tokens, width, dtype=dtype, device="meta")
-    return Case(name, make, bytes_moved(x) + (bytes_moved(x, backward=True) if backward else 0), backward=backward)
+    passes = (False, True) if backward else (False,)
+    moved, work = (sum(count(x, backward=b) for b in passes) for count in (bytes_moved, flops))
+    return Case(name, make, moved, elementwise_flops=work, backward=backward)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
