@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(PY) -m bench.demo
 
 test: $(STAMP)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)

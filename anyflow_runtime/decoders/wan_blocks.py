@@ -120,15 +120,15 @@ def upsample_convs(decoder: Any) -> nn.ModuleList:
 
 
 def decode_frames(
-    decoder: Any, convs: nn.ModuleList, x: Tensor, past: tuple[Tensor, ...] | None, first: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    decoder: Any, convs: nn.ModuleList, x: Tensor, past: list[Tensor] | None, first: bool
+) -> tuple[Tensor, list[Tensor]]:
     """One pass of the decoder.
 
     Args:
         decoder: diffusers' `WanDecoder3d`.
         convs: of `upsample_convs(decoder)`.
         x: (B, C, T, h, w), after the 1x1x1 convolution that precedes the decoder, in the dtype of the weights.
-        past: history left by the previous pass of this video; None for zeros.
+        past: history left by the previous pass of this video, emptied on the way; None for zeros.
         first: whether `x` begins with the first frame of the video.
     Returns:
         (B, C', T', H', W') frames, before unpatchify and clamp, and the history for the next pass.  T' is
@@ -139,4 +139,4 @@ def decode_frames(
     x = mid_block(decoder.mid_block, x, history)
     for block, conv in zip(decoder.up_blocks, convs, strict=True):
         x = up_block(block, conv, x, history)
-    return head(decoder.norm_out, decoder.conv_out, x, history), tuple(history.next)
+    return head(decoder.norm_out, decoder.conv_out, x, history), history.next

@@ -17,7 +17,7 @@ from .wan_blocks import decode_frames, upsample_convs
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
-History = tuple[Tensor, ...]
+History = list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,15 @@ class WanVAEStreamDecoderConfig(DecoderConfig):
         path: diffusers directory or hub id to load from; None if the VAE is given to `setup(vae=...)`.
         subfolder: of `path`, where the VAE lies.
         dtype: of weights and video; None keeps that of the VAE.  The layers' norms are fp32 inside in any case.
-        latent_frames_per_pass: longer chunks are decoded in several passes, which bounds the memory.
+        latent_frames_per_pass: longer chunks are decoded in several passes.  One latent frame at a time takes the
+            least memory, has the same shapes whatever the chunk, and was the fastest on a CPU (`bench/vae_decode.py`);
+            more fill a large GPU better at small sizes.
         tile_size: side in pixels of the spatial tiles larger frames are decoded in; None decodes them whole.
             Tiles save memory and change the picture slightly, as the attention sees one tile at a time.
         tile_stride: distance in pixels between tiles; what overlaps is blended.
-        compile_mode: "default" or "max-autotune-no-cudagraphs" runs a pass through torch.compile, once for each
-            chunk size.  A pass launches some 150 kernels for tens of milliseconds of work at 480p, so capturing it
-            as a CUDA graph is not offered.
+        compile_mode: "default" or "max-autotune-no-cudagraphs" runs a pass through torch.compile, once for the
+            first frame and once for each number of frames in a pass.  A pass launches some 150 kernels for tens of
+            milliseconds of work at 480p, so capturing it as a CUDA graph is not offered.
     Raises:
         ValueError: at construction, for a count below one, a stride beyond the tile or an unknown mode.
     """
@@ -43,7 +45,7 @@ class WanVAEStreamDecoderConfig(DecoderConfig):
     path: str | None = None
     subfolder: str | None = "vae"
     dtype: torch.dtype | None = None
-    latent_frames_per_pass: int = 4
+    latent_frames_per_pass: int = 1
     tile_size: int | None = None
     tile_stride: int = 192
     compile_mode: str | None = None
@@ -66,7 +68,7 @@ class WanVAEStreamDecoderCache(StreamingDecoderCache):
     this object (`copy.copy`) is therefore a branch of the rollout.
     """
 
-    history: tuple[History, ...] | None = None  # one per tile
+    history: tuple[tuple[Tensor, ...], ...] | None = None  # one per tile
     latent_shape: tuple[int, ...] | None = None  # (B, C, h, w) of every chunk of this rollout
     autoregressive_index: int = -1  # of the last chunk decoded
 
@@ -160,7 +162,9 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
             (latents.shape[0], frames, self._channels, height, width), dtype=self.dtype, device=latents.device
         )
 
-        history = cache.history if cache is not None else None
+        # Lists that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
+        past = cache.history if cache is not None else None
+        history = None if past is None else [list(tile) for tile in past]
         first, end = autoregressive_index == 0, 0
         for part in latents.split(self.config.latent_frames_per_pass, dim=2):
             decoded, history = self._decode_tiles(part, history, first)
@@ -169,7 +173,8 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
             first = False
 
         if cache is not None:
-            cache.history, cache.autoregressive_index = history, autoregressive_index
+            cache.history = tuple(map(tuple, history or ()))
+            cache.autoregressive_index = autoregressive_index
             cache.latent_shape = _shape_of(latents)
         return video.reshape(*input.shape[:-4], *video.shape[1:])
 
@@ -191,14 +196,14 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         return decode_frames(self.decoder, self.upsample_convs, x, past, first)
 
     def _decode_tiles(
-        self, latents: Tensor, history: tuple[History, ...] | None, first: bool
-    ) -> tuple[Tensor, tuple[History, ...]]:
+        self, latents: Tensor, history: list[History] | None, first: bool
+    ) -> tuple[Tensor, list[History]]:
         """(B, C, T, h, w) latents -> frames before unpatchify, decoded whole or in blended tiles."""
         size, stride = self._tile or (0, 0)
         height, width = latents.shape[-2:]
         if self._tile is None or (height <= size and width <= size):
             frames, past = self._pass(latents, None if history is None else history[0], first)
-            return frames, (past,)
+            return frames, [past]
 
         scale = self._spatial_ratio // self._patch
         overlap, step = (size - stride) * scale, stride * scale
@@ -222,7 +227,7 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
             y, x = top * scale, left * scale
             out[..., y : y + step, x : x + step] = tile[..., :step, :step]
         assert out is not None
-        return out, tuple(kept)
+        return out, kept
 
     def _write(self, frames: Tensor, video: Tensor) -> None:
         """Clamp (B, C * p * p, T, H, W) into (B, T, C, H * p, W * p)."""

@@ -12,7 +12,6 @@ Source: Wan 2.1 and 2.2 VAE as in diffusers/models/autoencoders/autoencoder_kl_w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +26,12 @@ class CausalPass:
     """The history of one pass over the convolutions, in calling order.
 
     Args:
-        past: what the previous pass left in `next`; None for a history of zeros.
+        past: what the previous pass left in `next`, None for a history of zeros.  The list is emptied on the way, so
+            that what nobody else holds is freed as it is replaced.
         first: whether this pass holds the first frame of the video.
     """
 
-    def __init__(self, past: Sequence[Tensor] | None, first: bool) -> None:
+    def __init__(self, past: list[Tensor] | None, first: bool) -> None:
         self.first = first
         self.next: list[Tensor] = []
         self._past = past
@@ -48,7 +48,7 @@ class CausalPass:
         if self._past is None:
             joined[:, :, :frames].zero_()
         else:
-            joined[:, :, :frames].copy_(self._past[len(self.next)])
+            joined[:, :, :frames].copy_(self._past.pop(0))
         if activation and not torch.compiler.is_compiling():
             torch.ops.aten.silu.out(x, out=joined[:, :, frames:])
         else:

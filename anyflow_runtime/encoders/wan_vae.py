@@ -37,7 +37,7 @@ class WanVAEEncoderConfig(EncoderConfig):
     subfolder: str | None = "vae"
     dtype: torch.dtype | None = None
     pixel_range: str = "signed"
-    latent_frames_per_pass: int = 4
+    latent_frames_per_pass: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +134,8 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
             if cache.video_shape is not None and cache.video_shape != shape:
                 raise ValueError(f"input: the rollout's chunks have (B, H, W) = {cache.video_shape}, got {shape}")
 
-        history = cache.history if cache is not None else None
+        # A list that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
+        history = None if cache is None or cache.history is None else list(cache.history)
         latents, start, first = [], 0, autoregressive_index == 0
         while start < video.shape[2]:
             end = start + self.get_input_temporal_size(0 if first else 1, self.config.latent_frames_per_pass)
@@ -143,13 +144,12 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
             start, first = end, False
 
         if cache is not None:
-            cache.history, cache.video_shape, cache.autoregressive_index = history, shape, autoregressive_index
+            cache.history = tuple(history or ())
+            cache.video_shape, cache.autoregressive_index = shape, autoregressive_index
         out = torch.cat(latents, dim=2).transpose(1, 2)
         return out.reshape(*input.shape[:-4], *out.shape[1:])
 
-    def _encode_pass(
-        self, video: Tensor, past: tuple[Tensor, ...] | None, first: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _encode_pass(self, video: Tensor, past: list[Tensor] | None, first: bool) -> tuple[Tensor, list[Tensor]]:
         if self.config.pixel_range == "unit":
             video = video * 2 - 1
         x = _patchified(video, self._patch).to(self.dtype, memory_format=torch.channels_last_3d)
@@ -160,7 +160,7 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
         x = mid_block(self.encoder.mid_block, x, history)
         x = head(self.encoder.norm_out, self.encoder.conv_out, x, history)
         latents = F.conv3d(x.to(self.output_weight.dtype), self.output_weight, self.output_bias)
-        return latents.to(self.dtype), tuple(history.next)
+        return latents.to(self.dtype), history.next
 
 
 def down_block(block: Any, x: Tensor, history: CausalPass) -> Tensor:
