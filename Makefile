@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 STAMP := $(VENV)/anyflow.stamp
 EXTENSION_SOURCES := $(wildcard csrc/*)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTRAS := diffusers,lora,video,bench,dev
+EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
 

@@ -254,3 +254,15 @@ def test_rejects_what_it_cannot_accelerate() -> None:
         accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"torch\.compile"):
         accelerate(torch.compile(make(causal=False).transformer))
+
+
+def test_compiled_blocks_give_the_same_video() -> None:
+    """`compile` must trace a block (no address arithmetic, no backend-only operation) and change nothing."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    pipe, counter = make(), CompileCounter()
+    want = run(accelerate(pipe, match_diffusers_padding=True))
+    accelerate(pipe, match_diffusers_padding=True, compile={"backend": counter})
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
+    assert counter.frame_count > 0 and counter.op_count > 20 * counter.frame_count

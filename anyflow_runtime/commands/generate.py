@@ -1,20 +1,26 @@
 """Make a video from a prompt, and from a picture or a clip that it is to continue.
 
 The model is a pipeline directory in diffusers' format, causal (FAR) or bidirectional. What is not given follows from
-the model: a FAR model makes the video its chunks add up to, in those chunks.
+the model: a FAR model makes the video its chunks add up to, in those chunks, and each chunk is in the file as soon as
+it is made. Ctrl-C ends the video with the last finished one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .arguments import BACKENDS, chunk_partition, dtype_name, frame_size, guidance_scale, whole_number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .generate_request import GenerateRequest
     from .stages import StageClock
+
+_CHUNK_STAGES = ("denoise", "decode", "write")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     machine.add_argument("--dtype", type=dtype_name, help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
     machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see anyflow info; default auto")
-    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the model that is running")
+    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the models that are running")
     machine.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
+
+    machine.add_argument(
+        "--check-finite", action="store_true", help="stop at the first weight or latent that is NaN or infinite; slower"
+    )
 
     output = parser.add_argument_group("further output")
     output.add_argument("--stats", metavar="FILE", help="JSON: settings, seconds per stage and chunk, peak memory")
@@ -81,17 +91,23 @@ def run(args: argparse.Namespace) -> int:
 
     request = check_request(args)
     clock = StageClock(request.device)
-    steps = _generate(request, clock)
-    memory = clock.peak_memory()
-    print(_summary(request, clock.seconds, memory))
-    if request.stats is not None:
-        request.stats.write_text(json.dumps(_stats(request, clock.seconds, memory, steps), indent=1) + "\n")
+    chunks: list[dict[str, Any]] = []
+    try:
+        _generate(request, clock, chunks)
+    except BaseException:
+        if chunks:
+            frames = sum(chunk["frames"] for chunk in chunks)
+            print(f"{request.out}: stopped after chunk {chunks[-1]['chunk']}, {frames} generated frames")
+            with suppress(OSError):  # what stopped it matters more, and may be a full disk
+                _write_stats(request, clock, chunks, complete=False)
+        raise
+    print(_summary(request, clock.seconds, clock.peak_memory()))
+    _write_stats(request, clock, chunks, complete=True)
     return 0
 
 
-def _generate(request: GenerateRequest, clock: StageClock) -> list[float]:
-    """All stages; the seconds since the start of denoising at which each of its steps was done."""
-    from ..video_io import VideoWriter
+def _generate(request: GenerateRequest, clock: StageClock, chunks: list[dict[str, Any]]) -> None:
+    """All stages; every chunk that is finished is added to `chunks`."""
     from . import generate_stages as stages
 
     with clock("load"):
@@ -102,23 +118,94 @@ def _generate(request: GenerateRequest, clock: StageClock) -> list[float]:
     if request.context is not None:
         with clock("context"):
             context_latents = stages.encode_context(pipe, request)
+    make = _make_whole if request.chunks is None else _make_chunks
+    make(pipe, request, clock, chunks, prompt_embeds, negative_prompt_embeds, context_latents)
+
+
+def _make_chunks(
+    pipe: Any,
+    request: GenerateRequest,
+    clock: StageClock,
+    chunks: list[dict[str, Any]],
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    context_latents: Tensor | None,
+) -> None:
+    """Denoise, decode and write one chunk after the other. What is finished is kept whatever happens."""
+    from tqdm import tqdm
+
+    from ..video_io import VideoWriter
+    from .generate_stream import ChunkedVideo
+
+    given = 0 if context_latents is None else context_latents.shape[1]
+    finished: list[Tensor] = []
+    begin = clock.now()
+    try:
+        with (
+            VideoWriter(request.out, request.fps, pixel_range="signed") as writer,
+            tqdm(total=request.frames, unit="frame", disable=None) as progress,
+        ):
+            with clock("denoise"):
+                video = ChunkedVideo(pipe, request)
+                parts = video.latents(prompt_embeds, negative_prompt_embeds, context_latents)
+            while True:
+                before = dict(clock.seconds)
+                with clock("denoise"):
+                    latents = next(parts, None)
+                if latents is None:
+                    break
+                index = len(finished)
+                finished.append(latents)
+                with clock("decode"):
+                    frames = video.decode(latents, index)
+                with clock("write"):
+                    writer.write(frames)
+                progress.update(len(frames))
+                if sum(part.shape[1] for part in finished) > given:
+                    spent = {stage: clock.seconds[stage] - before.get(stage, 0.0) for stage in _CHUNK_STAGES}
+                    chunks.append(_chunk(index, latents.shape[1], len(frames), spent, clock.now() - begin))
+            with clock("write"):
+                writer.close()
+    except BaseException:
+        with suppress(Exception):  # what stopped it matters more, and may be a full disk
+            _save_latents(request, finished)
+        raise
+    _save_latents(request, finished)
+
+
+def _make_whole(
+    pipe: Any,
+    request: GenerateRequest,
+    clock: StageClock,
+    chunks: list[dict[str, Any]],
+    prompt_embeds: Tensor,
+    negative_prompt_embeds: Tensor | None,
+    context_latents: Tensor | None,
+) -> None:
+    """Denoise the whole video, then decode and write it."""
+    from ..streaming.errors import check_finite, check_finite_weights
+    from ..video_io import VideoWriter
+    from . import generate_stages as stages
+
+    if request.check_finite:
+        check_finite_weights("transformer", pipe.transformer)
+        check_finite_weights("vae", pipe.vae)
+    begin = clock.now()
     steps: list[float] = []
     with clock("denoise"):
-        start = clock.now()
         latents = stages.denoise(
             pipe,
             request,
             prompt_embeds,
             negative_prompt_embeds,
             context_latents,
-            on_step=lambda: steps.append(clock.now() - start),
+            on_step=lambda: steps.append(clock.now() - begin),
         )
-    if request.save_latents is not None:
-        from safetensors.torch import save_file
-
-        save_file({"latents": latents.cpu().contiguous()}, request.save_latents)
-    parts = stages.decode(pipe, latents)
+    if request.check_finite:
+        check_finite("latents", latents)
+    _save_latents(request, [latents.transpose(1, 2)])
     with VideoWriter(request.out, request.fps, pixel_range="signed") as writer:
+        parts = stages.decode(pipe, latents)
         while True:
             with clock("decode"):
                 frames = next(parts, None)
@@ -128,7 +215,31 @@ def _generate(request: GenerateRequest, clock: StageClock) -> list[float]:
                 writer.write(frames)
         with clock("write"):
             writer.close()
-    return steps
+    spent = {stage: clock.seconds[stage] for stage in _CHUNK_STAGES} | {"denoise": steps[-1]}
+    chunks.append(_chunk(0, request.latent_frames, request.frames, spent, clock.now() - begin))
+
+
+def _chunk(index: int, latent_frames: int, frames: int, spent: dict[str, float], end: float) -> dict[str, Any]:
+    """What the stats say of a chunk; `seconds` are those of denoising."""
+    return {
+        "chunk": index,
+        "latent_frames": latent_frames,
+        "frames": frames,
+        "seconds": spent["denoise"],
+        "decode_seconds": spent["decode"],
+        "write_seconds": spent["write"],
+        "written_after_seconds": end,
+    }
+
+
+def _save_latents(request: GenerateRequest, parts: list[Tensor]) -> None:
+    """Write (1, F, C, h, w) latents of all chunks as one (1, C, F, h, w)."""
+    if request.save_latents is None or not parts:
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"latents": torch.cat(parts, dim=1).transpose(1, 2).cpu().contiguous()}, request.save_latents)
 
 
 def _summary(request: GenerateRequest, seconds: dict[str, float], memory: dict[str, int]) -> str:
@@ -142,9 +253,9 @@ def _summary(request: GenerateRequest, seconds: dict[str, float], memory: dict[s
     return "\n".join(lines)
 
 
-def _stats(
-    request: GenerateRequest, seconds: dict[str, float], memory: dict[str, int], steps: list[float]
-) -> dict[str, Any]:
+def _write_stats(request: GenerateRequest, clock: StageClock, chunks: list[dict[str, Any]], complete: bool) -> None:
+    if request.stats is None:
+        return
     import torch
 
     settings = {
@@ -160,20 +271,11 @@ def _stats(
         "backend": request.backend,
         "torch": torch.__version__,
     }
-    return {
+    stats = {
         "settings": settings,
-        "seconds": seconds,
-        "peak_memory_bytes": memory,
-        "chunks": _chunk_seconds(request, steps),
+        "complete": complete,
+        "seconds": clock.seconds,
+        "peak_memory_bytes": clock.peak_memory(),
+        "chunks": chunks,
     }
-
-
-def _chunk_seconds(request: GenerateRequest, steps: list[float]) -> list[dict[str, Any]]:
-    """Seconds of each generated chunk, from the end of the one before, so with the encoding of that into the cache."""
-    chunks = request.chunks or (request.latent_frames,)
-    done = steps[request.steps - 1 :: request.steps]
-    first = len(chunks) - len(done)
-    return [
-        {"chunk": first + i, "latent_frames": chunks[first + i], "seconds": end - (done[i - 1] if i else 0.0)}
-        for i, end in enumerate(done)
-    ]
+    request.stats.write_text(json.dumps(stats, indent=1) + "\n")

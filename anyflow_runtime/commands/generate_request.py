@@ -59,6 +59,7 @@ class GenerateRequest:
     fps: int
     stats: Path | None
     save_latents: Path | None
+    check_finite: bool
 
     @property
     def latent_frames(self) -> int:
@@ -110,6 +111,7 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
         fps=args.fps,
         stats=Path(args.stats) if args.stats else None,
         save_latents=Path(args.save_latents) if args.save_latents else None,
+        check_finite=args.check_finite,
     )
 
 

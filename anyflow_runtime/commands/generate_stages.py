@@ -1,6 +1,7 @@
 """The stages of `anyflow generate`: load, encode the prompt, encode the context, denoise, decode.
 
-Each takes the pipeline and the request. Decoding is an iterator over frames, so that it can run while they are written.
+Each takes the pipeline and the request. Denoising and decoding here are those of a whole video; a causal model does
+both chunk by chunk (`generate_stream`).
 """
 
 from __future__ import annotations
@@ -16,52 +17,82 @@ from ..acceleration import accelerate
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from . import UsageError
 from .generate_request import GenerateRequest
-from .model_directory import TEXT_COMPONENTS
+from .model_directory import TEXT_COMPONENTS, ModelDirectory
 
 MAX_PROMPT_TOKENS = 512  # of the released models
 
 
 def load(request: GenerateRequest) -> Any:
-    """The diffusers pipeline on our transformer, whose weights go straight to the device; without a text encoder if
-    there are embeddings.
+    """The diffusers pipeline of the request; without a text encoder if there are embeddings.
 
+    Raises:
+        UsageError: see `load_pipeline`.
+    """
+    return load_pipeline(
+        request.model,
+        device=request.device,
+        dtype=request.dtype,
+        backend=request.backend,
+        text=request.prompt is not None,
+        match_diffusers_padding=request.match_diffusers_padding,
+        compile=request.compile,
+        offload=request.offload,
+    )
+
+
+def load_pipeline(
+    model: ModelDirectory,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str,
+    text: bool = True,
+    match_diffusers_padding: bool = False,
+    compile: bool = False,
+    offload: bool = False,
+) -> Any:
+    """The diffusers pipeline of a directory on our transformer, whose weights go straight to the device.
+
+    Args:
+        model: the directory.
+        device, dtype: of all components.
+        backend: see `anyflow_kernels.load_ops`.
+        text: False leaves tokenizer and text encoder out.
+        match_diffusers_padding, compile: see `accelerate`.
+        offload: bring each component to the device when it is its turn.
     Raises:
         UsageError: if diffusers is missing or the directory does not load.
     """
     try:
         import diffusers
     except ImportError as error:
-        raise UsageError(f"generate needs diffusers: pip install 'anyflow-kernels[diffusers]' ({error})") from error
+        raise UsageError(f"this needs diffusers: pip install 'anyflow-kernels[diffusers]' ({error})") from error
     if not sys.stderr.isatty():
         _hide_loading_bars()
-    model = request.model
     transformer_class = AnyFlowFARTransformer3DModel if model.causal else AnyFlowTransformer3DModel
-    absent = {} if request.prompt is not None else dict.fromkeys(TEXT_COMPONENTS)
-    # Under offloading the pipeline brings each model to the GPU when it is its turn.
-    device = torch.device("cpu") if request.offload else request.device
+    absent = {} if text else dict.fromkeys(TEXT_COMPONENTS)
     try:
         transformer = transformer_class.from_pretrained(
-            model.path, subfolder="transformer", dtype=request.dtype, device=device, backend=request.backend
+            model.path,
+            subfolder="transformer",
+            dtype=dtype,
+            device=torch.device("cpu") if offload else device,
+            backend=backend,
         )
         pipe = getattr(diffusers, model.pipeline).from_pretrained(
-            model.path, dtype=request.dtype, local_files_only=True, use_safetensors=True, transformer=None, **absent
+            model.path, dtype=dtype, local_files_only=True, use_safetensors=True, transformer=None, **absent
         )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a library makes of a damaged file
         raise UsageError(f"--model: {model.path} does not load: {type(error).__name__}: {error}") from error
     pipe.register_modules(transformer=transformer)  # `from_pretrained` takes no class but diffusers' own
-    accelerate(
-        pipe,
-        backend=request.backend,
-        match_diffusers_padding=request.match_diffusers_padding,
-        compile=request.compile,
-    )
+    accelerate(pipe, backend=backend, match_diffusers_padding=match_diffusers_padding, compile=compile)
     pipe.set_progress_bar_config(disable=None)  # on a terminal only
-    if request.offload:
-        pipe.enable_model_cpu_offload(device=request.device)
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
     else:
-        pipe.to(request.device)
+        pipe.to(device)
     return pipe
 
 

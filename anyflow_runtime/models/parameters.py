@@ -93,8 +93,11 @@ def apply_linear(ops: Ops, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def project(ops: Ops, x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
-    """The outputs of several linears side by side, (..., sum of widths): one GEMM if their storage is fused."""
-    if all(is_plain(linear) for linear in linears):
+    """The outputs of several linears side by side, (..., sum of widths): one GEMM if their storage is fused.
+
+    A compiled graph has no addresses to compare, and takes the linears one by one.
+    """
+    if not torch.compiler.is_compiling() and all(is_plain(linear) for linear in linears):
         trained = torch.is_grad_enabled() and any(p.requires_grad for linear in linears for p in linear.parameters())
         fused = None if trained else fused_weight(linears)
         if fused is not None:

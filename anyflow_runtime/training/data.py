@@ -1,0 +1,111 @@
+"""Training samples: which ones an optimiser step takes, and the synthetic source; files are in `data_files`.
+
+A source is a function of the position alone, so a resumed run, or one on another number of processes, meets the very
+samples of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from .recipes_config import DataSettings
+from .shapes import ShapesDataset
+from .timesteps import GlobalBatch
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A local batch.
+
+    Attributes:
+        latents: (B, F, C, H, W) float32.
+        names: what each sample is, for messages.
+        text: (B, S, D) prompt embeddings, or None where there are captions.
+        captions: texts for a text encoder that trains along, or None.
+    """
+
+    latents: torch.Tensor
+    names: tuple[str, ...]
+    text: torch.Tensor | None = None
+    captions: tuple[str, ...] | None = None
+
+
+class Source(Protocol):
+    """Where samples come from. `negative` is the (S, D) embedding of the negative prompt, None where captions come."""
+
+    negative: torch.Tensor | None
+
+    def samples(self, draw: int, position: GlobalBatch) -> Samples:
+        """The local part, at `position`, of global batch number `draw`."""
+        ...
+
+
+class EpochOrder:
+    """An endless order of `count` samples: every epoch a new permutation that follows from (seed, epoch)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        if count < 1:
+            raise ValueError(f"count: got {count} samples, expected >= 1")
+        self.count, self.seed = count, seed
+        self._permutation = lru_cache(maxsize=2)(self._draw)
+
+    def __getitem__(self, n: int) -> int:
+        epoch, place = divmod(n, self.count)
+        return int(self._permutation(epoch)[place])
+
+    def _draw(self, epoch: int) -> torch.Tensor:
+        return torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+
+    def indices(self, draw: int, position: GlobalBatch) -> list[int]:
+        """The samples of one process in global batch number `draw`."""
+        return [self[draw * position.size + i] for i in position.indices.tolist()]
+
+
+class ShapesSource:
+    """The synthetic videos of `shapes`, with captions."""
+
+    negative: torch.Tensor | None = None
+
+    def __init__(self, settings: DataSettings, seed: int) -> None:
+        self.dataset = ShapesDataset(
+            settings.frames, settings.height, settings.width, seed=seed, two_objects=settings.two_objects
+        )
+
+    def samples(self, draw: int, position: GlobalBatch) -> Samples:
+        """A slice of the rendered global batch."""
+        batch = self.dataset.batch(draw, position.size)
+        rows = position.indices
+        captions = [batch.captions[i] for i in rows.tolist()]
+        names = tuple(f"shapes[{draw}, {i}] {caption!r}" for i, caption in zip(rows.tolist(), captions, strict=True))
+        return Samples(batch.videos[rows], names, captions=tuple(captions))
+
+
+def open_source(settings: DataSettings, seed: int) -> Source:
+    """The source that the settings name.
+
+    Raises:
+        FileNotFoundError, ValueError: if its files are missing or do not fit together.
+    """
+    from .data_files import SafetensorsSource, TarSource
+
+    if settings.kind == "shapes":
+        return ShapesSource(settings, seed)
+    if settings.path is None:
+        raise ValueError(f"data.path: got None, expected the directory of the {settings.kind} shards")
+    return (SafetensorsSource if settings.kind == "safetensors" else TarSource)(settings.path, seed)
+
+
+def check_sample(name: str, latents: Sequence[int], text: Sequence[int], expected: tuple[Sequence[int], ...]) -> None:
+    """Raise ValueError, naming the sample, unless its shapes (F, C, H, W) and (S, D) are the expected ones."""
+    if len(latents) != 4 or len(text) != 2:
+        raise ValueError(
+            f"{name}: got latents {tuple(latents)} and prompt_embeds {tuple(text)}, expected (F, C, H, W) and (S, D)"
+        )
+    for kind, got, first in (("latents", latents, expected[0]), ("prompt_embeds", text, expected[1])):
+        if tuple(got) != tuple(first):
+            raise ValueError(f"{name}: got {kind} {tuple(got)}, expected {tuple(first)} as in the first sample")

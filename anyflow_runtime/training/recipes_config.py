@@ -1,0 +1,288 @@
+"""The config of a training run: frozen dataclasses, read from plain JSON data; unknown keys are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .dmd import ScoreConfig
+from .flow_map_loss import FlowMapConfig
+from .rollout import STEP_CHOICES
+from .stages import FarConfig
+
+OBJECTIVES = ("flow_matching", "flow_map", "on_policy")
+MODEL_KINDS = ("far", "bidirectional", "demo")
+DATA_KINDS = ("safetensors", "tar", "shapes")
+PRECISIONS = ("fp32", "bf16")
+SHARDINGS = ("auto", "fsdp", "none")
+T = typing.TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The student and where networks come from.
+
+    Attributes:
+        kind: "far", "bidirectional", or "demo": the built-in FAR model with its text encoder.
+        path: model directory of the starting weights (a Wan base, or a model of an earlier stage); None: fresh
+            weights from `config` and the seed.
+        teacher: model directory of the real and of the fake score's starting weights; for "on_policy" only.
+        config: constructor keywords that differ from the class's defaults (from those of the directory with `path`).
+        gradient_checkpointing: recompute blocks in backward.
+    """
+
+    kind: str = "far"
+    path: str | None = None
+    teacher: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("model.kind", self.kind, MODEL_KINDS)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where samples come from.
+
+    Attributes:
+        kind: "safetensors" | "tar": latents with prompt embeddings under `path`; "shapes": made on the fly.
+        path: directory of the shards.
+        frames, height, width, two_objects: of "shapes"; see `ShapesDataset`.
+    """
+
+    kind: str = "safetensors"
+    path: str | None = None
+    frames: int = 7
+    height: int = 16
+    width: int = 16
+    two_objects: float = 0.25
+
+    def __post_init__(self) -> None:
+        _one_of("data.kind", self.kind, DATA_KINDS)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training. A later phase starts from the average of the one before, with a new optimiser.
+
+    Attributes:
+        objective: "flow_matching" (plain), "flow_map", or "on_policy".
+        lr, warmup: learning rate, and the steps over which it rises linearly from 0; constant after them.
+    """
+
+    objective: str
+    iterations: int
+    lr: float
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("phases.objective", self.objective, OBJECTIVES)
+        if self.iterations < 1 or self.warmup < 0 or not self.lr > 0:
+            raise ValueError(f"phases: got {self}, expected iterations >= 1, lr > 0 and warmup >= 0")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW, and the bound of the gradient's norm (of each network; None: unbounded)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class EmaSettings:
+    """See `EMA`; `warmup` counts steps of the phase."""
+
+    decay: float = 0.999
+    warmup: int = 1000
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """See `add_lora`."""
+
+    rank: int = 256
+    alpha: float = 256.0
+
+
+@dataclass(frozen=True)
+class OnPolicySettings:
+    """See `OnPolicyConfig` and `UpdateCadence`."""
+
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    step_choices: tuple[int, ...] = STEP_CHOICES
+    batch_size: int | None = None
+    cotrain: bool = True
+    student_every: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        batch_size: samples of one forward on one process.
+        global_batch: samples of one optimiser step; made up by accumulating micro-steps. None: no accumulation.
+        far: needed exactly for a FAR student.
+        precision: of weights and activations in the forward; gradients are summed and weights updated in fp32.
+        sharding: of several processes: "fsdp" (FSDP2), "none": whole copies, averaged gradients; "auto": FSDP on CUDA.
+        log_every, checkpoint_every: in steps; a checkpoint is also written at the end of every phase.
+        keep_checkpoints: how many of the newest stay.
+        sample_every: steps between sample videos of the demo's model; None: none.
+        plot: draw `loss.png` at the end of every phase; needs matplotlib.
+    """
+
+    phases: tuple[Phase, ...]
+    name: str = "custom"
+    seed: int = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    lora: LoraSettings | None = None
+    far: FarConfig | None = None
+    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
+    diffusion_ratio: float = 0.5
+    consistency_ratio: float = 0.25
+    stochastic_buckets: bool = False
+    first_frame_probability: float = 0.0
+    on_policy: OnPolicySettings = field(default_factory=OnPolicySettings)
+    batch_size: int = 1
+    global_batch: int | None = None
+    precision: str = "bf16"
+    sharding: str = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    sample_every: int | None = None
+    plot: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("sharding", self.sharding, SHARDINGS)
+        for name in ("batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected >= 1")
+        if self.sample_every is not None and self.sample_every < 1:
+            raise ValueError(f"sample_every: got {self.sample_every}, expected >= 1, or None")
+        if not self.phases:
+            raise ValueError("phases: got none, expected at least one")
+        if (self.far is not None) != (self.model.kind != "bidirectional"):
+            raise ValueError(f"far: got {self.far}, expected settings exactly for a FAR model, not {self.model.kind!r}")
+        if self.on_policy_stage and len(self.phases) > 1:
+            raise ValueError("phases: got on_policy among others, expected it alone: it needs a finished teacher")
+        if self.on_policy_stage != (self.model.teacher is not None):
+            raise ValueError(
+                f"model.teacher: got {self.model.teacher!r}, expected a model directory for on_policy only"
+            )
+        if self.lora is not None and len(self.phases) > 1:
+            raise ValueError(f"lora: got it with {len(self.phases)} phases, expected one: what is adapted differs")
+
+    @property
+    def on_policy_stage(self) -> bool:
+        """Whether this is on-policy distillation."""
+        return any(phase.objective == "on_policy" for phase in self.phases)
+
+    @property
+    def iterations(self) -> int:
+        """Optimiser steps of all phases."""
+        return sum(phase.iterations for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[int, int]:
+        """Index of the phase that holds a 0-based step, and the step within it."""
+        for index, phase in enumerate(self.phases):
+            if step < phase.iterations:
+                return index, step
+            step -= phase.iterations
+        raise ValueError(f"step: got {step} beyond the last, expected < {self.iterations}")
+
+    def micro_steps(self, world_size: int) -> int:
+        """Micro-steps of one optimiser step on that many processes."""
+        per_step = self.batch_size * world_size
+        if self.global_batch is None:
+            return 1
+        if self.global_batch % per_step:
+            raise ValueError(
+                f"global_batch: got {self.global_batch}, expected a multiple of batch_size * processes = {per_step}"
+            )
+        return self.global_batch // per_step
+
+
+def config_from_dict(data: Mapping[str, Any]) -> TrainConfig:
+    """A config from JSON data.
+
+    Raises:
+        ValueError: naming unknown or missing keys with their dotted path, or a value that is not allowed.
+        TypeError: naming a key whose value has the wrong type.
+    """
+    return _build(TrainConfig, data, "")
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """JSON data from which `config_from_dict` makes an equal config."""
+    return dataclasses.asdict(config)
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `changes` in their places; lists are replaced as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _build(cls: type[T], data: Any, path: str) -> T:
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{path or 'config'}: got {data!r}, expected an object with keys of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = [f"{path}{key}" for key in data if key not in known]
+    if unknown:
+        raise ValueError(f"config: unknown keys {unknown}, expected some of {list(known)} in {path or 'config'}")
+    missing = [
+        f"{path}{name}"
+        for name, f in known.items()
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"config: lacks {missing}")
+    return cls(**{key: _value(hints[key], value, f"{path}{key}") for key, value in data.items()})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (a for a in arguments if a is not type(None))
+        return _value(hint, value, path)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{path}.")  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{path}: got {value!r}, expected a list")
+        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(items) != len(value):
+            raise ValueError(f"{path}: got {len(value)} values, expected {len(items)}")
+        return tuple(_value(item, v, f"{path}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{path}: got {value!r}, expected an object")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError(f"{path}: got {value!r}, expected {hint.__name__}")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}, expected one of {allowed}")

@@ -1,0 +1,143 @@
+"""Training runs: from a config to model directories, resumable to the same bits.
+
+A run's directory holds `config.json`, `metrics.jsonl`, `checkpoints/`, on request `samples/` and `loss.png`, after each
+phase `phase-N-OBJECTIVE/` with the averaged weights as a model directory, and at the end the same under `model/`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from . import distributed
+from .data import open_source
+from .recipes_config import TrainConfig, config_to_dict
+from .trainer_checkpoint import load_checkpoint, save_checkpoint
+from .trainer_log import MetricsFile, Progress, is_loss
+from .trainer_models import Networks
+from .trainer_parallel import process_group, use_fsdp
+from .trainer_phase import NonFiniteLoss, TrainingPhase
+from .trainer_pictures import SampleVideos, plot_losses
+
+FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "plot")
+
+
+def train(config: TrainConfig, out: str | Path, stream: TextIO | None = None) -> Path:
+    """Run, or continue the run in `out`; alone or in every process of torchrun.
+
+    Args:
+        stream: for progress lines; stderr if None.
+
+    Returns: the directory of the trained model.
+
+    Raises:
+        ValueError: if `out` holds a run of another config, naming what differs.
+        NonFiniteLoss: naming step and batch; the last checkpoint stays.
+    """
+    with process_group() as device:
+        return _Run(config, Path(out), device, stream or sys.stderr).run()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, out: Path, device: torch.device, stream: TextIO) -> None:
+        self.config, self.out, self.device, self.stream = config, out, device, stream
+        self.sharded = use_fsdp(config.sharding, device)
+        self.leads = distributed.rank() == 0
+        self.checkpoints = out / "checkpoints"
+        config.micro_steps(distributed.world_size())  # raises if the global batch does not divide
+        self.source = open_source(config.data, config.seed)
+        self.samples = None if config.sample_every is None else SampleVideos(config, out / "samples")
+        if config.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("plot needs matplotlib: pip install 'anyflow-kernels[bench]', or plot=false")
+
+    def run(self) -> Path:
+        content = load_checkpoint(self.checkpoints)
+        self._claim_directory(content)
+        networks = Networks(self.config, self.device, self.sharded)
+        done, phase = 0, self._phase(0 if content is None else content["phase"], networks)
+        if content is not None:
+            done = content["step"]
+            for name, network in phase.trained.items():
+                network.load_state_dict(content["networks"][name])
+            self._say(f"continuing after step {done}")
+            if self._ends_phase(done) and not self._phase_directory(phase.index).is_dir():
+                self._export(phase)
+        metrics = MetricsFile(self.out / "metrics.jsonl", done) if self.leads else None
+        progress = Progress(done, self.config.iterations, self.stream)
+        for step in range(done, self.config.iterations):
+            index, local = self.config.phase_at(step)
+            if index != phase.index:
+                phase.trained["student"].keep_average()
+                phase = self._phase(index, networks)
+            values = self._step(phase, step, local)
+            done = step + 1
+            if metrics is not None and (done % self.config.log_every == 0 or self._ends_phase(done)):
+                metrics.write({"step": step, "phase": index, **values})
+                progress.show(done, {key: value for key, value in values.items() if is_loss(key)})
+            if done % self.config.checkpoint_every == 0 or self._ends_phase(done):
+                self._save(phase, done)
+            if self.samples is not None and self.config.sample_every and done % self.config.sample_every == 0:
+                with phase.trained["student"].averaged():
+                    self.samples.write(networks, f"step-{done:08}")
+            if self._ends_phase(done):
+                self._export(phase)
+        model = self.out / "model"
+        with phase.trained["student"].averaged():
+            networks.export(model)
+        self._say(f"model: {model}")
+        return model
+
+    def _step(self, phase: TrainingPhase, step: int, local: int) -> dict[str, float]:
+        try:
+            return phase.step(step, local)
+        except NonFiniteLoss as error:
+            kept = sorted(path.name for path in self.checkpoints.glob("step-*"))
+            last = f"the last checkpoint is {self.checkpoints / kept[-1]}" if kept else "there is no checkpoint yet"
+            raise NonFiniteLoss(f"{error}; {last}") from error
+
+    def _phase(self, index: int, networks: Networks) -> TrainingPhase:
+        return TrainingPhase(self.config, index, networks, self.source, self.device, self.sharded)
+
+    def _save(self, phase: TrainingPhase, done: int) -> None:
+        content = {
+            "step": done,
+            "phase": phase.index,
+            "config": json.dumps(config_to_dict(self.config)),
+            "networks": {name: network.state_dict() for name, network in phase.trained.items()},
+        }
+        save_checkpoint(self.checkpoints, done, content, self.config.keep_checkpoints)
+
+    def _export(self, phase: TrainingPhase) -> None:
+        with phase.trained["student"].averaged():
+            phase.networks.export(self._phase_directory(phase.index))
+        if self.config.plot and self.leads:
+            plot_losses(self.out / "metrics.jsonl", self.out / "loss.png")
+
+    def _phase_directory(self, index: int) -> Path:
+        return self.out / f"phase-{index}-{self.config.phases[index].objective}"
+
+    def _ends_phase(self, done: int) -> bool:
+        return done > 0 and self.config.phase_at(done - 1)[1] + 1 == self._phase_of(done - 1).iterations
+
+    def _phase_of(self, step: int) -> Any:
+        return self.config.phases[self.config.phase_at(step)[0]]
+
+    def _claim_directory(self, content: dict[str, Any] | None) -> None:
+        own = json.loads(json.dumps(config_to_dict(self.config)))
+        if content is not None:
+            stored = json.loads(content["config"])
+            differing = [key for key in own if key not in FREE_TO_CHANGE and own[key] != stored.get(key)]
+            if differing:
+                raise ValueError(f"{self.out}: holds a run with another {differing}; expected the same config to go on")
+        if self.leads:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+
+    def _say(self, text: str) -> None:
+        if self.leads:
+            print(text, file=self.stream, flush=True)

@@ -1,0 +1,178 @@
+"""A network in training: fp32 master weights, optimiser, average, and a state that restores all of it to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .ema import EMA
+from .recipes_config import EmaSettings, OptimiserSettings, Phase
+from .trainer_parallel import average_gradients, gradient_norm, local_part
+
+
+class TrainedNetwork:
+    """The trainable parameters of some modules and what updates them.
+
+    Half-precision parameters have fp32 masters, which gather the gradients, are stepped and averaged, and are then
+    rounded into the parameters; wider parameters are their own masters.
+
+    Args:
+        modules: by the prefix of their parameters' names.
+        ema: None: no average.
+        save_frozen: also put parameters without gradient into the state; False where they come from a file again.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        settings: OptimiserSettings,
+        phase: Phase,
+        ema: EmaSettings | None,
+        save_frozen: bool = True,
+    ) -> None:
+        named = {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.named_parameters()}
+        self.parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self.frozen = {name: p for name, p in named.items() if not p.requires_grad} if save_frozen else {}
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        # AdamW's grouped kernels do not take sharded and whole tensors together.
+        groups = [[p for p in self.masters.values() if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": group} for group in groups if group],
+            lr=phase.lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        self.phase, self.clip = phase, settings.clip
+        self.average = None if ema is None else EMA(self._as_module(), ema.decay, ema.warmup)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The masters: what the average follows."""
+        return iter(self.masters.items())
+
+    def _as_module(self) -> nn.Module:
+        return cast("nn.Module", self)  # the average only asks for `named_parameters`
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients to those of the step."""
+        loss.backward()
+        self.gather()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Move gradients from half-precision parameters into their masters."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                wide = parameter.grad.to(master.dtype)
+                master.grad = wide if master.grad is None else master.grad + wide
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, index: int) -> dict[str, float]:
+        """Take step `index` (0-based, of the phase) with the gathered gradients; a collective.
+
+        Returns: gradient norm before clipping, and the learning rate.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite; nothing has been changed then.
+        """
+        average_gradients(self.masters.values())
+        norm = gradient_norm(self.masters.values())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        if self.clip is not None and norm > self.clip:
+            for p in self.masters.values():
+                if p.grad is not None:
+                    p.grad.mul_(self.clip / norm)
+        lr = self.phase.lr * min(1.0, (index + 1) / max(1, self.phase.warmup))
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.publish()
+        if self.average is not None:
+            self.average.update(index)
+        return {"gradient_norm": norm, "lr": lr}
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into half-precision parameters."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def keep_average(self) -> None:
+        """Take the average as the weights, for good."""
+        if self.average is not None:
+            self.average.copy_to(self._as_module())
+            self.publish()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights are the average inside the block, their own again afterwards, to the bit."""
+        if self.average is None:
+            yield
+            return
+        with self.average.applied(self._as_module()):
+            self.publish()
+            yield
+        self.publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part of everything that training changes, not copied."""
+        moments = self.optimiser.state
+        return {
+            "weights": {name: local_part(p.detach()) for name, p in self.masters.items()},
+            "frozen": {name: local_part(p.detach()) for name, p in self.frozen.items()},
+            "optimiser": {
+                name: {key: local_part(value) for key, value in moments[p].items()}
+                for name, p in self.masters.items()
+                if p in moments
+            },
+            "average": None if self.average is None else _local(self.average.state_dict()),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned on the same process of an equal run.
+
+        Raises:
+            ValueError: if its parameters are not those of this network.
+        """
+        for name, own in (("weights", self.masters), ("frozen", self.frozen)):
+            differing = sorted(set(state[name]) ^ set(own))
+            if differing:
+                raise ValueError(f"checkpoint: {name} differ: {differing[:3]} ({len(differing)} in all)")
+            for key, value in state[name].items():
+                local_part(own[key]).copy_(value)
+        for key, moments in state["optimiser"].items():
+            parameter = self.masters[key]
+            self.optimiser.state[parameter] = {
+                entry: value.clone() if value.dim() == 0 else _like(parameter, value)
+                for entry, value in moments.items()
+            }
+        if self.average is not None:
+            for key, value in state["average"].items():
+                local_part(self.average.shadow[key]).copy_(value)
+        self.publish()
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter if parameter.dtype == wide else nn.Parameter(parameter.detach().to(wide))
+
+
+def _local(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: local_part(tensor) for name, tensor in tensors.items()}
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    moment = torch.zeros_like(parameter)
+    local_part(moment).copy_(value)
+    return moment

@@ -1,0 +1,135 @@
+"""A FAR training step, forward and backward, on our backend against the reference's way of computing it.
+
+    python -m bench.training_step [--repeats 5] [--config small wide] [--dtype float32 bfloat16] [--json FILE]
+
+The causal training layout: compressed context, three noisy chunks, and their clean copy. On CUDA the reference is the
+`reference` backend with its flex attention compiled, ours is `triton`; on a CPU, where flex attention has no backward,
+the `reference` backend computes the masked attention densely, ours is `torch`. The two take turns in one process on the
+same weights; first the loss and every gradient must agree. Peak memory is what a step adds to the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow_kernels import load_ops
+from anyflow_runtime import AnyFlowFARTransformer3DModel
+from anyflow_runtime.training import FarClip, FarVelocity
+
+from .common import check_close, interleaved_medians, machine_line, write_rows
+from .costs import forward_flops
+from .memory import with_peak_bytes
+
+PARTITION, TEXT_TOKENS = (1, 3, 3, 3, 3), 512
+CONFIGS: dict[str, dict[str, Any]] = {
+    "small": {"heads": 4, "head_dim": 64, "layers": 4, "ffn_dim": 1024, "size": (16, 24)},  # 96 tokens a frame
+    "wide": {"heads": 12, "head_dim": 128, "layers": 2, "ffn_dim": 8960, "size": (16, 24)},
+}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # bf16: two orders of rounding through the whole backward
+
+
+def make_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> AnyFlowFARTransformer3DModel:
+    torch.manual_seed(0)
+    model = AnyFlowFARTransformer3DModel(
+        num_attention_heads=config["heads"],
+        attention_head_dim=config["head_dim"],
+        num_layers=config["layers"],
+        ffn_dim=config["ffn_dim"],
+        text_dim=64,
+    )
+    for name, parameter in model.named_parameters():
+        kept = not set(name.split(".")).isdisjoint(model.keep_in_fp32)
+        parameter.data = parameter.data.to(device, torch.float32 if kept else dtype)
+    model.fuse_projections()
+    return model
+
+
+def bench(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    config = CONFIGS[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(config, dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, sum(PARTITION), 16, *config["size"], generator=generator).to(device)
+    text = torch.randn(1, TEXT_TOKENS, 64, generator=generator).to(device)
+    clip = FarClip.from_latents(latents, PARTITION, len(PARTITION))
+    velocity = FarVelocity(model, clip, dtype)
+    noisy = torch.randn(clip.target.shape, generator=generator).to(device)
+    target = torch.randn(clip.target.shape, generator=generator).to(device)
+    t = torch.full(noisy.shape[:2], 700.0, device=device)
+    r = torch.full(noisy.shape[:2], 200.0, device=device)
+
+    def step(backend: str) -> Tensor:
+        model.set_backend(backend)
+        model.zero_grad(set_to_none=True)
+        loss = (velocity(noisy, t, r, text).float() - target).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    ours = load_ops("auto").backend
+    expected = step("reference")
+    gradients = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    check_close(f"{name} loss", step(ours), expected, TOLERANCE[dtype])
+    present = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    if set(present) != set(gradients):
+        raise AssertionError(f"{name}: gradients of {sorted(set(present) ^ set(gradients))[:3]} are on one side only")
+    error = check_close(f"{name} gradients", _flat(present), _flat(gradients), TOLERANCE[dtype])
+    del gradients, present
+
+    bytes_of = {}
+    for backend in ("reference", ours):
+        model.zero_grad(set_to_none=True)
+        _, bytes_of[backend] = with_peak_bytes(partial(step, backend))
+    seconds = interleaved_medians({b: partial(step, b) for b in ("reference", ours)}, repeats, warmup=1)
+    height, width = config["size"]
+    layout = model.layout("train", PARTITION, height, width, clean=True)
+    flops = 3 * forward_flops(layout, model.config, 1, TEXT_TOKENS)
+    return {
+        "config": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": ours,
+        "tokens": layout.num_query_tokens,
+        "reference_s": seconds["reference"],
+        "ours_s": seconds[ours],
+        "speedup": seconds["reference"] / seconds[ours],
+        "reference_peak_bytes": bytes_of["reference"],
+        "ours_peak_bytes": bytes_of[ours],
+        "memory_ratio": bytes_of[ours] / bytes_of["reference"],
+        "gradient_error": error,
+        "ours_gflops": flops / seconds[ours] / 1e9,
+    }
+
+
+def _flat(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[key].flatten().float() for key in sorted(gradients)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--json", help="also write the rows to this file")
+    args = parser.parse_args()
+    print(machine_line())
+    rows = []
+    for dtype in (getattr(torch, name) for name in args.dtype):
+        for name in args.config:
+            row = bench(name, dtype, args.repeats)
+            rows.append(row)
+            print(
+                f"{name:<6}{row['dtype']:<9}{row['tokens']} tokens   reference {row['reference_s']:6.2f} s   "
+                f"{row['backend']} {row['ours_s']:6.2f} s   {row['speedup']:.2f}x   peak memory "
+                f"{row['ours_peak_bytes'] / 2**20:.0f} of {row['reference_peak_bytes'] / 2**20:.0f} MiB   "
+                f"{row['ours_gflops']:.0f} GFLOP/s   gradient error {row['gradient_error']:.1e}",
+                flush=True,
+            )
+    write_rows(rows, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""`anyflow generate` with a causal model: every chunk is in the file before the next is begun, and is not lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anyflow_runtime.cli import build_parser, main
+from anyflow_runtime.commands import generate_stages as stages
+from anyflow_runtime.commands.generate_request import check_request
+from anyflow_runtime.commands.generate_stream import ChunkedVideo
+from anyflow_runtime.video_io import VideoWriter, read_video
+
+pytest.importorskip("diffusers")
+pytest.importorskip("av")
+
+from bench.tiny_pipeline import tiny_pipeline
+
+VIDEO = ["a cat", "--size", "32x48", "--chunks", "1,2,1,1", "--steps", "1", "--seed", "7", "--device", "cpu"]
+FRAMES = [1, 8, 4, 4]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a causal and a bidirectional model."""
+    root = tmp_path_factory.mktemp("models")
+    for name, causal in (("far", True), ("bidirectional", False)):
+        tiny_pipeline(causal, heads=2, head_dim=16, layers=1, text_dim=16, vae_dim=4).save_pretrained(root / name)
+    return root
+
+
+def generate(models: Path, out: Path, *arguments: str) -> int:
+    extra = ["--save-latents", str(out.with_suffix(".safetensors")), "--stats", str(out.with_suffix(".json"))]
+    return main(["generate", "--model", str(models / "far"), "--out", str(out), *VIDEO, *extra, *arguments])
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, index: int, error: BaseException) -> None:
+    """Make the decoding of one chunk raise."""
+    decode = ChunkedVideo.decode
+
+    def failing(self: ChunkedVideo, latents: torch.Tensor, chunk: int) -> torch.Tensor:
+        if chunk == index:
+            raise error
+        return decode(self, latents, chunk)
+
+    monkeypatch.setattr(ChunkedVideo, "decode", failing)
+
+
+def test_a_chunk_is_written_before_the_next_is_denoised(models, tmp_path, monkeypatch):
+    events: list[str] = []
+    latents, write = ChunkedVideo.latents, VideoWriter.write
+
+    def traced_latents(self: ChunkedVideo, *arguments: Any) -> Any:
+        for part in latents(self, *arguments):
+            events.append(f"denoised {part.shape[1]}")
+            yield part
+
+    def traced_write(self: VideoWriter, frames: torch.Tensor) -> None:
+        write(self, frames)
+        events.append(f"wrote {len(frames)}")
+
+    monkeypatch.setattr(ChunkedVideo, "latents", traced_latents)
+    monkeypatch.setattr(VideoWriter, "write", traced_write)
+    assert generate(models, tmp_path / "o.mp4") == 0
+    expected = [
+        f"{what} {n}"
+        for pair in zip([1, 2, 1, 1], FRAMES, strict=True)
+        for what, n in zip(("denoised", "wrote"), pair, strict=True)
+    ]
+    assert events == expected
+
+
+def test_the_file_can_be_played_while_it_is_made(models, tmp_path, monkeypatch):
+    """At one frame a second every frame is a fragment of its own, but for those that wait in the encoder."""
+    playable: list[int] = []
+    decode = ChunkedVideo.decode
+
+    def watched(self: ChunkedVideo, latents: torch.Tensor, index: int) -> torch.Tensor:
+        if index == 3:
+            playable.append(len(read_video(tmp_path / "o.partial.mp4")))
+        return decode(self, latents, index)
+
+    monkeypatch.setattr(ChunkedVideo, "decode", watched)
+    assert generate(models, tmp_path / "o.mp4", "--fps", "1") == 0
+    assert 6 <= playable[0] <= 13
+    assert not (tmp_path / "o.partial.mp4").exists()
+
+
+def test_ctrl_c_leaves_the_finished_chunks(models, tmp_path, monkeypatch, capfd):
+    """Video, latents and stats, each as those of the whole video begin."""
+    assert generate(models, tmp_path / "whole.mp4") == 0
+    fail_at(monkeypatch, 2, KeyboardInterrupt())
+    assert generate(models, tmp_path / "cut.mp4") == 130
+    assert "stopped after chunk 1, 9 generated frames" in capfd.readouterr().out
+    cut, whole = read_video(tmp_path / "cut.mp4"), read_video(tmp_path / "whole.mp4")
+    assert len(whole) == 17 and len(cut) == 9
+    # The encoder looks ahead, so the bits it spends on a frame depend on what follows.
+    assert float((cut - whole[:9]).abs().mean()) < 0.02
+    stats = json.loads((tmp_path / "cut.json").read_text())
+    assert not stats["complete"] and [chunk["chunk"] for chunk in stats["chunks"]] == [0, 1]
+    finished = load_file(tmp_path / "cut.safetensors")["latents"]
+    assert finished.shape[2] == 4  # the third chunk was denoised, but not decoded
+    assert torch.equal(finished, load_file(tmp_path / "whole.safetensors")["latents"][:, :, :4])
+
+
+def test_ctrl_c_before_the_first_chunk_leaves_no_file(models, tmp_path, monkeypatch, capfd):
+    fail_at(monkeypatch, 0, KeyboardInterrupt())
+    assert generate(models, tmp_path / "o.mp4") == 130
+    assert capfd.readouterr() == ("", "anyflow generate: interrupted\n")
+    assert not list(tmp_path.glob("o*.mp4"))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_finished(models, tmp_path, monkeypatch, capfd):
+    from anyflow_runtime import video_io
+
+    add = video_io._Mp4Sink.add
+    added: list[Any] = []
+
+    def full(self: Any, frame: Any) -> None:
+        if len(added) == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        added.append(frame)
+        add(self, frame)
+
+    monkeypatch.setattr(video_io._Mp4Sink, "add", full)
+    assert generate(models, tmp_path / "o.mp4") == 2
+    error = capfd.readouterr().err
+    assert "No space left on device; of 10 frames written, the first 10 can be played from" in error
+    assert error.count("\n") == 1
+    assert len(read_video(tmp_path / "o.partial.mp4")) == 10
+    assert load_file(tmp_path / "o.safetensors")["latents"].shape[2] == 4
+
+
+def test_stats_tell_of_every_chunk(models, tmp_path):
+    assert generate(models, tmp_path / "o.mp4") == 0
+    stats = json.loads((tmp_path / "o.json").read_text())
+    chunks = stats["chunks"]
+    assert stats["complete"]
+    assert [(chunk["latent_frames"], chunk["frames"]) for chunk in chunks] == list(
+        zip([1, 2, 1, 1], FRAMES, strict=True)
+    )
+    for stage, key in (("denoise", "seconds"), ("decode", "decode_seconds"), ("write", "write_seconds")):
+        parts = [chunk[key] for chunk in chunks]
+        assert min(parts) > 0 and sum(parts) <= stats["seconds"][stage]
+    ends = [chunk["written_after_seconds"] for chunk in chunks]
+    assert ends == sorted(ends)
+    for before, chunk in zip([0.0, *ends], chunks, strict=False):
+        took = chunk["seconds"] + chunk["decode_seconds"] + chunk["write_seconds"]
+        assert took <= chunk["written_after_seconds"] - before
+
+
+def test_stats_of_a_bidirectional_model_are_one_chunk(models, tmp_path):
+    arguments = ["--model", str(models / "bidirectional"), "--out", str(tmp_path / "o.png"), "--frames", "9"]
+    video = [argument for argument in VIDEO if argument not in ("--chunks", "1,2,1,1")]
+    assert main(["generate", *video, *arguments, "--stats", str(tmp_path / "o.json")]) == 0
+    stats = json.loads((tmp_path / "o.json").read_text())
+    assert [(chunk["latent_frames"], chunk["frames"]) for chunk in stats["chunks"]] == [(3, 9)]
+
+
+def test_offloading_gives_the_same_video(models, tmp_path):
+    """The text encoder leaves before chunks are made; the CPU stands in for the GPU."""
+    arguments = ["generate", *VIDEO, "--model", str(models / "far"), "--out", str(tmp_path / "o.mp4")]
+    request = check_request(build_parser().parse_args(arguments))
+    videos = []
+    for offload in (False, True):
+        asked = replace(request, offload=offload)
+        pipe = stages.load(asked)
+        assert hasattr(pipe.transformer, "_hf_hook") == offload
+        text = stages.encode_text(pipe, asked)
+        video = ChunkedVideo(pipe, asked)
+        videos.append(torch.cat([video.decode(part, i) for i, part in enumerate(video.latents(*text, None))]))
+    assert videos[0].shape == (17, 3, 32, 48)
+    torch.testing.assert_close(videos[1], videos[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "component", "weight", "named"),
+    [
+        ("far", "transformer", "blocks.0.attn1.to_q.weight", "transformer.model.blocks.0."),
+        ("far", "vae", "decoder.conv_in.weight", "decoder.decoder.conv_in.weight"),
+        ("bidirectional", "transformer", "blocks.0.attn1.to_q.weight", "transformer.blocks.0."),
+    ],
+)
+def test_check_finite_names_the_weight(model, component, weight, named, models, tmp_path, capfd):
+    import shutil
+
+    directory = tmp_path / "damaged"
+    shutil.copytree(models / model, directory)
+    [file] = (directory / component).glob("*.safetensors")
+    weights = load_file(file)
+    weights[weight].view(-1)[3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    chunks = [] if model == "far" else ["--frames", "9"]
+    video = [argument for argument in VIDEO if model == "far" or argument not in ("--chunks", "1,2,1,1")]
+    arguments = ["--model", str(directory), "--out", str(tmp_path / "o.mp4"), *chunks]
+    assert main(["generate", *video, *arguments, "--check-finite"]) == 2
+    error = capfd.readouterr().err
+    assert f"weight {named}" in error and "1 NaN and 0 infinite" in error and error.count("\n") == 1
+    assert not (tmp_path / "o.mp4").exists()
