@@ -14,6 +14,9 @@ if not torch.cuda.is_available():
 # Shapes are tiny: more threads cost more than they save, far more on a busy machine.
 torch.set_num_threads(1)
 
+# Inputs drawn while tests are collected must be the same in every worker of pytest-xdist.
+torch.manual_seed(0)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
