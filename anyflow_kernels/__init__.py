@@ -45,16 +45,16 @@ def load_ops(backend: str = "auto") -> Ops:
         backend = os.environ.get("ANYFLOW_BACKEND", "auto")
     if backend == "auto":
         backend = "triton" if torch.cuda.is_available() else "torch"
-    return _load(backend)
-
-
-@cache
-def _load(backend: str) -> Ops:
     if backend not in _MODULES:
         raise ValueError(f"backend: got {backend!r}, expected 'auto' or one of {sorted(_MODULES)}")
     obstacle = _obstacle(backend)
     if obstacle is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {obstacle}")
+    return _load(backend)
+
+
+@cache
+def _load(backend: str) -> Ops:
     return Ops(backend, importlib.import_module(f".{_MODULES[backend]}", __name__))
 
 

@@ -30,6 +30,13 @@ def record(step: Any, inputs: tuple[torch.Tensor, ...], pool: Any) -> tuple[Any,
     return lambda: output.copy_(step(*inputs)), output
 
 
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    """Steps are captured only where no gradient is wanted: with one, each query makes its prompt's keys anew."""
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> AnyFlowFARTransformer3DModel:
     torch.manual_seed(0)
