@@ -37,7 +37,8 @@ def capture_cuda(step: Step, inputs: tuple[Tensor, ...], pool: Any) -> tuple[Rep
 
 
 class StepGraphs:
-    """Captured steps by key.
+    """Captured steps by key, the latest few: a chunk that is finished is not denoised again, and its key holds its
+    prompt.
 
     Args:
         capture: how to record a step; `capture_cuda` but in tests.
@@ -46,10 +47,11 @@ class StepGraphs:
         captures, replays: counts, for reports and tests.
     """
 
+    KEPT = 4
+
     def __init__(self, capture: Capture = capture_cuda) -> None:
         self._capture = capture
-        self._seen: set[Hashable] = set()
-        self._captured: dict[Hashable, _Captured] = {}
+        self._captured: dict[Hashable, _Captured | None] = {}  # oldest first; None where a step has run eagerly only
         self._pool: Any = None
         self.captures = 0
         self.replays = 0
@@ -67,8 +69,10 @@ class StepGraphs:
         signature = (key, *((x.shape, x.dtype, x.device) for x in inputs))
         captured = self._captured.get(signature)
         if captured is None:
-            if signature not in self._seen:
-                self._seen.add(signature)
+            if signature not in self._captured:
+                self._captured[signature] = None
+                while len(self._captured) > self.KEPT:
+                    del self._captured[next(iter(self._captured))]
                 return step(*inputs)
             if self._pool is None and self._capture is capture_cuda:
                 self._pool = torch.cuda.graph_pool_handle()

@@ -125,6 +125,15 @@ def test_a_result_survives_the_next_replay() -> None:
     assert [r[0].item() for r in results] == [0.0, 2.0, 4.0, 6.0]
 
 
+def test_finished_chunks_are_forgotten() -> None:
+    """An endless rollout meets a new key per chunk: neither graphs nor the prompts in their keys may pile up."""
+    graphs, x = StepGraphs(record), torch.ones(2)
+    for chunk in range(20):
+        for _ in range(3):
+            assert torch.equal(graphs.run(chunk, lambda x, c=chunk: x + c, x), x + chunk)
+    assert len(graphs._captured) == StepGraphs.KEPT and graphs.captures == 20
+
+
 @pytest.mark.gpu
 def test_replayed_rollout_equals_the_eager_one_on_cuda() -> None:
     torch.manual_seed(0)

@@ -251,7 +251,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         num_compressed = max(0, layout.num_compressed_frames - first)
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
         _, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
-        inputs = self._inputs(layout, times, context.prompt)
+        inputs = self._inputs(layout, times, context.prompt, self.rotary(layout.query_segments, times.device))
         inputs.cache, inputs.offset = cache.begin_write(layout), layout.cache_offset
         if x.shape[1]:
             self._run_blocks(x, inputs, keys_only=True)
@@ -303,8 +303,10 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
 
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
 
+        rope = self.rotary(layout.query_segments, times.device)  # held by the step: a captured one reads its memory
+
         def step(latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
-            inputs = self._inputs(layout, times, keys)
+            inputs = self._inputs(layout, times, keys, rope)
             if self.phantom_padding:
                 inputs.plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK)
             inputs.cache, inputs.offset = slabs, layout.cache_offset
@@ -356,7 +358,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             t, r = torch.cat([t, clean_t.to(t)], dim=1), torch.cat([r, clean_r.to(r)], dim=1)
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:], clean)
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r)
-        inputs = self._inputs(layout, times, PromptKeys(self.condition_embedder, *prompt))
+        rope, keys = self.rotary(layout.query_segments, times.device), PromptKeys(self.condition_embedder, *prompt)
+        inputs = self._inputs(layout, times, keys, rope)
         x, branch, gate = self._run_blocks(x, inputs)
         noisy = [s for s in layout.segments if s.kind == "full"]
         tokens, rows = (
@@ -383,9 +386,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             offset += self._patchify(module, latents, slab, offset).shape[1]
         return slab
 
-    def _inputs(self, layout: FarLayout, times: Tensor, prompt: PromptKeys) -> BlockInputs:
+    def _inputs(self, layout: FarLayout, times: Tensor, prompt: PromptKeys, rope: tuple[Tensor, Tensor]) -> BlockInputs:
         """What the blocks share; `times` is (B, frames of the queries, 6, D)."""
-        rope = self.rotary(layout.query_segments, times.device)
         return BlockInputs(self.ops, layout.frame_map, times, rope, AttentionPlan.from_layout(layout), prompt)
 
 
