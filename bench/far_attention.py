@@ -22,17 +22,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from anyflow_kernels import AttentionPlan, FarLayout, available_backends, launch_configs, load_ops
+from anyflow_kernels import AttentionPlan, available_backends, launch_configs, load_ops
 from anyflow_kernels.aot_case import MODELS
 from anyflow_kernels.reference import dense_attention, plan_mask
 from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops
 from anyflow_kernels.triton_ops.tile_schedule import encode
 
 from .common import interleaved_medians, machine_line, relative_error, write_rows
-from .kernel_bench import LAYOUTS, PARTITION, copy_bandwidth, gemm_rate
+from .kernel_bench import LAYOUTS, copy_bandwidth, gemm_rate
 from .roofline import draw_roofline
 
-SHAPES = {**LAYOUTS, "chunk 6": FarLayout(PARTITION[:7], 60, 104, mode="inference")}
 CPU_SHAPES = ("1.3B chunk 0",)
 CHECKED_ROWS = 16  # queries per run compared with float64: the whole score matrix would not fit
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,7 +53,7 @@ def main() -> None:
     print(f"ceilings: copy {copy / 1e9:.0f} GB/s, {options.dtype} GEMM {gemm / 1e12:.2f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     for model, size in MODELS.items():
-        for shape, layout in SHAPES.items():
+        for shape, layout in LAYOUTS.items():
             name = f"{model} {shape}"
             if options.shape not in name:
                 continue

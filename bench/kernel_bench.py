@@ -32,6 +32,7 @@ def _layouts() -> dict[str, FarLayout]:
     return {
         "chunk 0": layout(1, mode="inference"),
         "chunk 1": layout(2, mode="inference"),
+        "chunk 6": layout(7, mode="inference"),
         "chunk 7": layout(8, mode="inference"),
         "prefill after chunk 6": layout(7, mode="prefill", cached=4),
         "bidirectional": FarLayout((21,), 60, 104),

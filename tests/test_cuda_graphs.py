@@ -4,6 +4,7 @@ there."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,22 @@ def test_finished_chunks_are_forgotten() -> None:
         for _ in range(3):
             assert torch.equal(graphs.run(chunk, lambda x, c=chunk: x + c, x), x + chunk)
     assert len(graphs._captured) == StepGraphs.KEPT and graphs.captures == 20
+
+
+@pytest.mark.parametrize("obstacle", ["nothing", "switched off", "cpu", "gradients", "adapter", "offloaded", "hooked"])
+def test_captured_only_where_weights_stay(obstacle: str) -> None:
+    """A replay reads the addresses it was captured with: weights that change or move between steps rule it out."""
+    model: Any = AnyFlowFARTransformer3DModel(**CONFIG, backend="torch")
+    latents: Any = SimpleNamespace(is_cuda=obstacle != "cpu")
+    model.cuda_graphs = obstacle != "switched off"
+    if obstacle == "adapter":
+        model.peft_config = {"default": object()}
+    if obstacle == "offloaded":
+        model.patch_embedding.to("meta")
+    if obstacle == "hooked":
+        model.blocks[1]._hf_hook = object()
+    with torch.set_grad_enabled(obstacle == "gradients"):
+        assert model._may_capture(latents) is (obstacle == "nothing")
 
 
 @pytest.mark.gpu

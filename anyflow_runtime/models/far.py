@@ -322,9 +322,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         )
 
     def _may_capture(self, latents: Tensor) -> bool:
-        """Adapters change weights between steps, and a backward pass needs the eager one."""
-        adapters = getattr(self, "peft_config", None)
-        return self.cuda_graphs and latents.is_cuda and not torch.is_grad_enabled() and not adapters
+        """Not where weights change or move between steps (adapters, offload hooks), nor before a backward pass."""
+        if not self.cuda_graphs or not latents.is_cuda or torch.is_grad_enabled() or getattr(self, "peft_config", None):
+            return False
+        offloaded = self.patch_embedding.weight.is_meta
+        return not offloaded and not any(hasattr(b, "_hf_hook") or hasattr(b, "_diffusers_hook") for b in self.blocks)
 
     def _train(
         self,
