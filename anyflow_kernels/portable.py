@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,9 +38,10 @@ def far_attention(
     concatenation.
     """
     outs, lses = [], []
-    for q_start, q_end, keys in plan.ranges:
-        own_k, own_v = (_select(x, keys, plan.phantom_keys) for x in (k, v))
-        out, lse = _attend(q[:, q_start:q_end], own_k, own_v, scale, return_lse)
+    k_of, v_of = (_selector(x, plan) for x in (k, v))
+    queries = q.split([q_end - q_start for q_start, q_end, _ in plan.ranges], dim=1) if plan.ranges else ()
+    for own_q, (_, _, keys) in zip(queries, plan.ranges, strict=True):
+        out, lse = _attend(own_q, k_of(keys), v_of(keys), scale, return_lse)
         outs.append(out)
         lses.append(lse)
     if not outs:
@@ -46,11 +50,30 @@ def far_attention(
     return (out, torch.cat(lses, dim=2)) if return_lse else out
 
 
-def _select(x: Tensor, keys: KeyRanges, phantom_keys: int) -> Tensor:
-    parts = [x[:, start:end] for start, end in keys]
-    if phantom_keys:  # the parity mode pays for its zero rows; they are differentiable this way
-        parts.append(x.new_zeros(x.shape[0], phantom_keys, *x.shape[2:]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _selector(x: Tensor, plan: AttentionPlan) -> Callable[[KeyRanges], Tensor]:
+    """A function from key ranges to these rows of x (B, L, H, d), and the plan's zero rows.
+
+    For a backward pass x is cut up once at all ends of ranges: the gradient of a slice is as large as x, that of all
+    parts of a split together.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and len(plan.ranges) > 1:
+        ends = sorted({0, x.shape[1], *(end for _, _, keys in plan.ranges for span in keys for end in span)})
+        pieces = dict(zip(ends, x.split([b - a for a, b in pairwise(ends)], dim=1), strict=False))
+
+        def parts_of(start: int, end: int) -> list[Tensor]:
+            return [pieces[at] for at in ends if start <= at < end]
+    else:
+
+        def parts_of(start: int, end: int) -> list[Tensor]:
+            return [x[:, start:end]]
+
+    def select(keys: KeyRanges) -> Tensor:
+        parts = [part for span in keys for part in parts_of(*span)]
+        if plan.phantom_keys:  # the parity mode pays for its zero rows; they are differentiable this way
+            parts.append(x.new_zeros(x.shape[0], plan.phantom_keys, *x.shape[2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    return select
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor]:

@@ -98,8 +98,9 @@ def widen(x: Tensor) -> Tensor:
 
 def _per_token(rows: Tensor, frame_map: FrameMap) -> Tensor:
     """(B, F, D) to (B, L, D): each frame's row repeated to its tokens."""
-    repeats = torch.tensor([n for frames, n in frame_map for _ in range(frames)], device=rows.device)
-    return rows.repeat_interleave(repeats, dim=1)
+    runs = rows.split([frames for frames, _ in frame_map], dim=1)
+    # Sizes from integers alone: no synchronisation, so that a compiler or a CUDA graph can take it whole.
+    return torch.cat([run.repeat_interleave(n, dim=1) for run, (_, n) in zip(runs, frame_map, strict=True)], dim=1)
 
 
 def gated_residual_layer_norm(

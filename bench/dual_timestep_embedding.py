@@ -1,8 +1,9 @@
 """Dual timestep embedding: one distinct (t, r), a guided pair, and one per frame of a training sample.
 
-    python -m bench.dual_timestep_embedding [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+    python -m bench.dual_timestep_embedding [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 
-`--dtype` is that of the projection; the MLPs are fp32, as checkpoints load them.
+`--dtype` is that of the projection; the MLPs are fp32, as checkpoints load them. diffusers repeats the rows to every
+token: each (t, r) stands for one frame.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any
 import torch
 
 from anyflow_kernels import TimestepMLP
-from anyflow_kernels.aot_case import MODELS
 from anyflow_kernels.triton_ops.dual_timestep_embedding import FREQ_DIM, bytes_moved, flops
 
-from .kernel_bench import Case, run
+from . import diffusers_eager
+from .kernel_bench import Case, layouts, models, run
 
 ROWS = {"one (t, r)": 1, "two": 2, "training, 21 frames": 21}
 
 
-def case(name: str, rows: int, dim: int, dtype: torch.dtype) -> Case:
+def case(name: str, rows: int, dim: int, tokens_per_frame: int, dtype: torch.dtype) -> Case:
     def make(generator: torch.Generator, device: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
         def weight(*shape: int) -> torch.Tensor:
             return (torch.randn(*shape, generator=generator) * shape[-1] ** -0.5).to(device)
@@ -32,15 +33,21 @@ def case(name: str, rows: int, dim: int, dtype: torch.dtype) -> Case:
         return (t, r, mlp(), mlp(), weight(6 * dim, dim).to(dtype), weight(6 * dim).to(dtype), 0.25), {}
 
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    return Case(name, make, bytes_moved(dim, FREQ_DIM, 4, itemsize), elementwise_flops=flops(rows, dim, FREQ_DIM))
+    return Case(
+        name,
+        make,
+        bytes_moved(dim, FREQ_DIM, 4, itemsize),
+        elementwise_flops=flops(rows, dim, FREQ_DIM),
+        rival=diffusers_eager.dual_timestep_embedding(tokens_per_frame),
+    )
 
 
-def cases(dtype: torch.dtype) -> list[Case]:
-    models = MODELS if torch.cuda.is_available() else {"1.3B": MODELS["1.3B"]}
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
+    rows, columns = layouts(tiny)["chunk 0"].full_grid
     return [
-        case(f"{model} {name}", rows, size["dim"], dtype)
-        for model, size in models.items()
-        for name, rows in ROWS.items()
+        case(f"{model} {name}", count, size["dim"], rows * columns, dtype)
+        for model, size in models(tiny).items()
+        for name, count in ROWS.items()
     ]
 
 

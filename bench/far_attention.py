@@ -1,16 +1,16 @@
 """Attention of the released models at 480p, against what PyTorch has for the same masks.
 
-python -m bench.far_attention [--dtype float32|bfloat16] [--shape SUBSTRING] [--repeats N] [--json FILE]
+python -m bench.far_attention [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 
 On CUDA: `triton` (and, on sm_90, its Gluon forward) against flash and cuDNN SDPA (one call per run of queries, keys
 concatenated where a run sees several ranges) and compiled flex_attention with its BlockMask (built beforehand, its
 time reported apart); the training layout with its backward. On a CPU: the `torch` backend against the dense formula,
-eager and compiled, at a shape it can do.
+eager and compiled, at a shape it can do. Everywhere: as diffusers does it, which in inference is flex_attention without
+compilation over padded sequences, and is checked against what that computes.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,56 +22,48 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from anyflow_kernels import AttentionPlan, available_backends, launch_configs, load_ops
-from anyflow_kernels.aot_case import MODELS
+from anyflow_kernels import AttentionPlan, FarLayout, available_backends, launch_configs, load_ops
 from anyflow_kernels.reference import dense_attention, plan_mask
 from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops
 from anyflow_kernels.triton_ops.tile_schedule import encode
 
-from .common import interleaved_medians, machine_line, relative_error, write_rows
-from .kernel_bench import LAYOUTS, copy_bandwidth, gemm_rate
+from . import diffusers_eager
+from .common import interleaved_medians, relative_error, write_rows
+from .kernel_bench import MODELS, TINY, ceilings, layouts, parse
 from .roofline import draw_roofline
 
 CPU_SHAPES = ("1.3B chunk 0",)
+GRADIENT_ROWS = 1024  # queries at a time in the check of a backward
 CHECKED_ROWS = 16  # queries per run compared with float64: the whole score matrix would not fit
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parse(__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    default = "bfloat16" if device == "cuda" else "float32"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default)
-    parser.add_argument("--shape", default="", metavar="SUBSTRING", help="only shapes whose name contains it")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", help="also write the rows to this file")
-    parser.add_argument("--plot", help="write a roofline picture to this file")
-    options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    print(machine_line("triton", "anyflow-kernels"))
-    copy, gemm = copy_bandwidth(device), gemm_rate(device, dtype)
-    print(f"ceilings: copy {copy / 1e9:.0f} GB/s, {options.dtype} GEMM {gemm / 1e12:.2f} TFLOP/s")
+    copy, gemm = ceilings(device, options.dtype)
     rows: list[dict[str, Any]] = []
-    for model, size in MODELS.items():
-        for shape, layout in LAYOUTS.items():
+    for model, size in (TINY if options.tiny else MODELS).items():
+        for shape, layout in layouts(options.tiny).items():
             name = f"{model} {shape}"
             if options.shape not in name:
                 continue
-            if device == "cpu" and name not in CPU_SHAPES:
+            if device == "cpu" and not options.tiny and name not in CPU_SHAPES:
                 print(f"skipped: {name} (too slow on a CPU)")
                 continue
-            rows += bench_shape(
-                name, AttentionPlan.from_layout(layout), size, layout.clean, dtype, options.repeats, gemm
-            )
+            rows += bench_shape(name, layout, size, options.dtype, options.repeats, gemm)
+    if not rows:
+        raise SystemExit(f"--shape: got {options.shape!r}, expected part of the name of a shape that can run here")
     if options.plot:
         draw_roofline(rows, copy, gemm, options.plot)
     write_rows(rows, options.json)
 
 
 def bench_shape(
-    name: str, plan: AttentionPlan, size: dict[str, int], backward: bool, dtype: torch.dtype, repeats: int, gemm: float
+    name: str, layout: FarLayout, size: dict[str, int], dtype: torch.dtype, repeats: int, gemm: float
 ) -> list[dict[str, Any]]:
     """The rows of one shape: each contestant is checked, then timed in turns with the others."""
+    plan, backward = AttentionPlan.from_layout(layout), layout.clean
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
 
@@ -81,27 +73,37 @@ def bench_shape(
 
     q, k, v = tensor(plan.num_queries), tensor(plan.num_keys), tensor(plan.num_keys)
     contestants, mask_ms, skipped = contestants_for(plan, size["head_dim"] ** -0.5, device)
+    eager_plan = plan
+    try:
+        contestants[diffusers_eager.NAME], eager_plan = diffusers_eager.far_attention(layout, device)
+    except torch.OutOfMemoryError as error:  # its mask is made from all pairs of tokens
+        skipped[diffusers_eager.NAME] = str(error).partition("\n")[0]
     functions: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     for label, attend in contestants.items():
         try:
-            errors[label] = parity(attend, q, k, v, plan)
+            errors[label] = parity(attend, q, k, v, eager_plan if label == diffusers_eager.NAME else plan)
+            if backward:
+                errors[label] = max(errors[label], gradient_parity(attend, q, k, v, plan))
             functions[label] = graphed(partial(step, attend, q, k, v, backward), device)
         except (RuntimeError, ValueError, AssertionError) as error:
             # A rival that does not run here, or is wrong, has no speed; ours must run and be right.
             if label in ("triton", "torch"):
                 raise
-            skipped[label] = str(error).strip().splitlines()[0]
+            skipped[label] = (str(error).strip() or type(error).__name__).splitlines()[0]
     for label, reason in skipped.items():
         print(f"skipped: {label}, {name} ({reason})")
     seconds = interleaved_medians(functions, repeats)
     shape = (1, size["heads"], size["head_dim"])
-    work = flops(plan, *shape) + (flops(plan, *shape, backward=True) if backward else 0)
+    # A backward is five matrix products and twice the traffic, whatever a kernel computes or reads again.
+    work, moved = flops(plan, *shape), bytes_moved(q, k)
+    if backward:
+        work, moved = work * 7 // 2, moved * 3
     rows = []
     for label, s in seconds.items():
-        rate, bandwidth = work / s, bytes_moved(q, k) / s
+        rate, bandwidth = work / s, moved / s
         print(
-            f"{name:<30}{'fwd+bwd ' if backward else '':<8}{label:<12}{s * 1e3:10.4f} ms {rate / 1e12:8.2f} TFLOP/s "
+            f"{name:<30}{'fwd+bwd ' if backward else '':<8}{label:<16}{s * 1e3:10.4f} ms {rate / 1e12:8.2f} TFLOP/s "
             f"{rate / gemm:5.0%} of GEMM {bandwidth / 1e9:8.1f} GB/s   error {errors[label]:.1e}"
             + (f"   mask built in {mask_ms:.0f} ms" if label == "flex" else ""),
             flush=True,
@@ -115,7 +117,7 @@ def bench_shape(
                 "dtype": str(dtype).removeprefix("torch."),
                 "ms": s * 1e3,
                 "flops": work,
-                "bytes": bytes_moved(q, k),
+                "bytes": moved,
                 "tflop_per_s": rate / 1e12,
                 "of_ceiling": rate / gemm,
                 "gb_per_s": bandwidth / 1e9,
@@ -192,13 +194,7 @@ def sdpa_contestant(plan: AttentionPlan, scale: float, backend: SDPBackend) -> A
 
 def flex_contestant(plan: AttentionPlan, scale: float) -> tuple[float, Attend]:
     """Compiled flex_attention, and the milliseconds its BlockMask took. Its mask_mod reads each query's ranges."""
-    bounds = torch.zeros(plan.num_queries, 3, 2, dtype=torch.int32, device="cuda")
-    for q_start, q_end, ranges in plan.ranges:
-        bounds[q_start:q_end, : len(ranges)] = torch.tensor(ranges, dtype=torch.int32, device="cuda")
-
-    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = [(key >= bounds[query, i, 0]) & (key < bounds[query, i, 1]) for i in range(3)]
-        return own[0] | own[1] | own[2]
+    mask_mod = diffusers_eager.range_mask(plan, plan.num_queries, "cuda")
 
     def build() -> BlockMask:
         return create_block_mask(mask_mod, None, None, plan.num_queries, plan.num_keys, device="cuda", _compile=True)
@@ -232,13 +228,50 @@ def parity(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
             rows = torch.linspace(q_start, q_end - 1, min(CHECKED_ROWS, q_end - q_start)).round().long().unique()
             keys = torch.cat([torch.arange(a, b) for a, b in ranges])
             mask = torch.ones(1, 1, dtype=torch.bool, device=q.device)
-            own = (q[:, rows], k[:, keys], v[:, keys])
+            own_k, own_v = (F.pad(x[:, keys], (0, 0, 0, 0, 0, plan.phantom_keys)) for x in (k, v))
+            own = (q[:, rows], own_k, own_v)
             low = dense_attention(*own, mask, scale)[0]
             exact = dense_attention(own[0].double(), own[1].double(), own[2].double(), mask, scale)[0]
             error = max(error, relative_error(out[:, rows], exact))
             budget = max(budget, 2 * relative_error(low, exact) + torch.finfo(q.dtype).eps)
     assert error <= budget, f"error {error:.2e} against float64, budget {budget:.2e}"
     return error
+
+
+def gradient_parity(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> float:
+    """Relative error of the first head's dq, dk and dv against float64, for an output gradient equal to the output.
+
+    Raises:
+        AssertionError: if one exceeds twice the dense formula's own error in this dtype and a rounding step.
+    """
+    out = attend(q, k, v)
+    grads = torch.autograd.grad(out, (q, k, v), out.detach())
+    head = [x.detach()[:, :, :1] for x in (q, k, v, out)]
+    low = dense_gradients(plan, *head)
+    exact = dense_gradients(plan, *(x.double() for x in head))
+    worst = 0.0
+    for name, grad, dense, oracle in zip(("dq", "dk", "dv"), grads, low, exact, strict=True):
+        error = relative_error(grad[:, :, :1], oracle)
+        budget = 2 * relative_error(dense, oracle) + torch.finfo(q.dtype).eps
+        assert error <= budget, f"{name}: error {error:.2e} against float64, budget {budget:.2e}"
+        worst = max(worst, error)
+    return worst
+
+
+def dense_gradients(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> list[Tensor]:
+    """float64 sums of dq, dk and dv, each computed in the dtype of q, some queries at a time."""
+    scale, sums = q.shape[3] ** -0.5, [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
+    mask = torch.ones(1, 1, dtype=torch.bool, device=q.device)
+    for q_start, q_end, ranges in plan.ranges:
+        keys = torch.cat([torch.arange(a, b, device=q.device) for a, b in ranges])
+        for start in range(q_start, q_end, GRADIENT_ROWS):
+            rows = slice(start, min(start + GRADIENT_ROWS, q_end))
+            own = [x.clone().requires_grad_() for x in (q[:, rows], k[:, keys], v[:, keys])]
+            grads = torch.autograd.grad(dense_attention(own[0], own[1], own[2], mask, scale)[0], own, out_grad[:, rows])
+            indices: tuple[Any, ...] = (rows, keys, keys)
+            for total, index, grad in zip(sums, indices, grads, strict=True):
+                total[:, index] += grad
+    return sums
 
 
 def step(attend: Attend, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:

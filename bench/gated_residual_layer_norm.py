@@ -1,6 +1,6 @@
 """Gated residual + LayerNorm + modulation at the uses of a block, forward, and forward with backward for training.
 
-python -m bench.gated_residual_layer_norm [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+python -m bench.gated_residual_layer_norm [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def case(name: str, width: int, layout: FarLayout, use: str, dtype: torch.dtype,
 
     def make(generator: torch.Generator, device: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
         x, branch = (torch.randn(1, tokens, width, generator=generator).to(device, dtype) for _ in range(2))
-        modulation = torch.randn(1, frames, 6, width, generator=generator).to(device)
+        # A projection in the compute dtype, kept in fp32.
+        modulation = torch.randn(1, frames, 6, width, generator=generator).to(device, dtype).float()
         tensors = {
             "branch": branch,
             "shift": modulation[:, :, 0],
@@ -48,9 +49,9 @@ def case(name: str, width: int, layout: FarLayout, use: str, dtype: torch.dtype,
     return Case(f"{name}, {use}", make, moved, elementwise_flops=(3 if backward else 1) * flops(x), backward=backward)
 
 
-def cases(dtype: torch.dtype) -> list[Case]:
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
     found = []
-    for name, size, layout in model_cases():
+    for name, size, layout in model_cases(tiny):
         found += [case(name, size["dim"], layout, use, dtype, layout.mode == "train" and layout.clean) for use in USES]
         if name.endswith("chunk 0"):
             found.append(case(f"{name} fwd+bwd", size["dim"], layout, "gated + next norm", dtype, True))

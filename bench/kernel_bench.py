@@ -1,15 +1,16 @@
-"""What the benches of the memory-bound kernels share: real shapes, ceilings, contestants, parity, the table.
+"""What the kernel benches share: real shapes, ceilings, contestants, parity, the table.
 
 On CUDA every contestant is captured into a graph of several calls on rotating inputs, larger together than the L2, so
-what is timed is the GPU and not Python, and no call finds its inputs in the cache.
+what is timed is the GPU and not Python, and no call finds its inputs in the cache. What cannot be captured, because it
+synchronises, is timed with its launches, and its row says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +19,28 @@ from torch import Tensor
 from anyflow_kernels import FarLayout, available_backends, load_ops
 from anyflow_kernels.aot_case import MODELS
 
+from . import diffusers_eager
 from .common import check_close, interleaved_medians, machine_line, relative_error, write_rows
+from .diffusers_eager import EagerSequence
 from .roofline import draw_roofline
 
 PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # 81 frames of video
 ROTATED_BYTES = 256 * 2**20  # several times the L2 of any GPU here
 
 
-def _layouts() -> dict[str, FarLayout]:
+HEIGHT, WIDTH = 60, 104  # latents at 480p
+TINY = {"tiny": {"heads": 2, "head_dim": 16, "dim": 32, "ffn": 80, "layers": 2}}
+TINY_HEIGHT, TINY_WIDTH = 8, 12
+CPU_LAYOUTS = ("chunk 0",)
+ROUNDINGS = 4  # of the compute dtype in diffusers' longest sequence, where ours has one
+
+
+def layouts(tiny: bool) -> dict[str, FarLayout]:
+    """Every kind of call. At 480p a frame has 1,560 full and 390 compressed tokens; tiny, 24 and 6."""
+    height, width = (TINY_HEIGHT, TINY_WIDTH) if tiny else (HEIGHT, WIDTH)
+
     def layout(chunks: int, **options: Any) -> FarLayout:
-        return FarLayout(PARTITION[:chunks], 60, 104, **options)
+        return FarLayout(PARTITION[:chunks], height, width, **options)
 
     return {
         "chunk 0": layout(1, mode="inference"),
@@ -35,13 +48,9 @@ def _layouts() -> dict[str, FarLayout]:
         "chunk 6": layout(7, mode="inference"),
         "chunk 7": layout(8, mode="inference"),
         "prefill after chunk 6": layout(7, mode="prefill", cached=4),
-        "bidirectional": FarLayout((21,), 60, 104),
+        "bidirectional": FarLayout((21,), height, width),
         "training, clean copy": layout(8, clean=True),
     }
-
-
-LAYOUTS = _layouts()  # 480p: 1,560 full and 390 compressed tokens a frame
-CPU_LAYOUTS = ("chunk 0",)
 
 
 @dataclass(frozen=True)
@@ -54,41 +63,66 @@ class Case:
     flops: int = 0  # of matrix products: the GEMM ceiling is the roof
     elementwise_flops: int = 0  # of everything else: the copy ceiling is the roof
     backward: bool = False
+    writes: tuple[str, ...] = ()  # keyword arguments that a call writes: outputs too
+    rival: EagerSequence | None = None  # diffusers' way, where it is not that of the operation's name
 
 
-def model_cases() -> Iterator[tuple[str, dict[str, int], FarLayout]]:
-    """`(name, sizes of the model, layout)` of every real shape: both models on CUDA, a small selection on a CPU."""
-    on_cuda = torch.cuda.is_available()
-    for model, size in MODELS.items():
-        for name, layout in LAYOUTS.items():
-            if on_cuda or (model == "1.3B" and name in CPU_LAYOUTS):
+def models(tiny: bool) -> dict[str, dict[str, int]]:
+    """Sizes by name: both released models on CUDA, the small one on a CPU."""
+    if tiny:
+        return TINY
+    return MODELS if torch.cuda.is_available() else {"1.3B": MODELS["1.3B"]}
+
+
+def model_cases(tiny: bool) -> Iterator[tuple[str, dict[str, int], FarLayout]]:
+    """`(name, sizes of the model, layout)` of every real shape, or of every tiny one; a selection on a CPU."""
+    for model, size in models(tiny).items():
+        for name, layout in layouts(tiny).items():
+            if tiny or torch.cuda.is_available() or name in CPU_LAYOUTS:
                 yield f"{model} {name}", size, layout
 
 
-def run(operation: str, doc: str | None, cases: Callable[[torch.dtype], Sequence[Case]]) -> None:
-    """The command line of a bench: check and time every contestant at every case, print a table and rows as JSON."""
+def parse(doc: str | None) -> argparse.Namespace:
+    """The options of every kernel bench; `dtype` is the torch dtype."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="bfloat16" if device == "cuda" else "float32"
-    )
+    default = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default)
+    parser.add_argument("--shape", default="", metavar="SUBSTRING", help="only shapes whose name contains it")
+    parser.add_argument("--tiny", action="store_true", help="the same layouts at 1/60 of the tokens: does it all run?")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--plot", help="write a roofline picture to this file")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    print(machine_line("triton", "anyflow-kernels"))
+    options.dtype = getattr(torch, options.dtype)
+    return options
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Prints the machine and its measured ceilings; returns them, bytes and FLOPs per second."""
+    print(machine_line("triton", "anyflow-kernels", "diffusers"))
     copy, gemm = copy_bandwidth(device), gemm_rate(device, dtype)
-    print(f"ceilings: copy {copy / 1e9:.0f} GB/s, {options.dtype} GEMM {gemm / 1e12:.2f} TFLOP/s")
-    print("; ".join(_skipped(device)) or "nothing skipped")
+    name = str(dtype).removeprefix("torch.")
+    print(f"ceilings: copy {copy / 1e9:.0f} GB/s, {name} GEMM {gemm / 1e12:.2f} TFLOP/s", flush=True)
+    return copy, gemm
+
+
+def run(operation: str, doc: str | None, cases: Callable[[torch.dtype, bool], Sequence[Case]]) -> None:
+    """The command line of a bench: check and time every contestant at every case, print a table and rows as JSON."""
+    options = parse(doc)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [case for case in cases(options.dtype, options.tiny) if options.shape in case.name]
+    if not chosen:
+        raise SystemExit(f"--shape: got {options.shape!r}, expected part of a shape's name")
+    copy, gemm = ceilings(device, options.dtype)
+    print("; ".join(_skipped(device, options.tiny, [case.name for case in chosen])) or "nothing skipped")
     rows = []
-    for case in cases(dtype):
-        rows += _bench_case(operation, case, device, dtype, options.repeats, copy, gemm)
+    for case in chosen:
+        rows += _bench_case(operation, case, device, options.dtype, options.repeats, copy, gemm)
     if options.plot:
         draw_roofline(rows, copy, gemm, options.plot)
     write_rows(rows, options.json)
     ours = "triton" if device == "cuda" else "torch"
-    missing = {case.name for case in cases(dtype)} - {row["shape"] for row in rows if row["contestant"] == ours}
+    missing = {case.name for case in chosen} - {row["shape"] for row in rows if row["contestant"] == ours}
     if missing:
         raise SystemExit(f"{operation}: {ours} failed its parity check at {sorted(missing)}")
 
@@ -108,20 +142,27 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / interleaved_medians({"gemm": lambda: a @ b}, repeats=10)["gemm"]
 
 
-def _skipped(device: str) -> list[str]:
+def _skipped(device: str, tiny: bool, names: Sequence[str]) -> list[str]:
     lines = [f"skipped: {name} ({reason})" for name, reason in available_backends().items() if reason]
     if device == "cpu":
         if not lines:
             lines.append("skipped: triton (TRITON_INTERPRET=1 runs its kernels in Python: no speed)")
-        lines.append(f"skipped: all layouts but {', '.join(CPU_LAYOUTS)}, and the 14B model (too slow on a CPU)")
+        if tiny:
+            lines.append("skipped: the real sizes (--tiny)")
+        elif any(name.startswith("1.3B") for name in names):
+            laid_out = any(layout in name for layout in CPU_LAYOUTS for name in names)
+            others = f"all layouts but {', '.join(CPU_LAYOUTS)}, and " if laid_out else ""
+            lines.append(f"skipped: {others}the 14B model (too slow on a CPU)")
     return lines
 
 
-def _contestants(operation: str, device: str) -> dict[str, Callable]:
+def contestants(operation: str, case: Case, device: str) -> dict[str, Callable]:
+    """By name: the reference, eager and compiled, diffusers' sequence, and ours."""
     eager = getattr(load_ops("reference"), operation)
     functions = {
         "eager": eager,
         "compiled": torch.compile(eager, dynamic=False),
+        diffusers_eager.NAME: case.rival or getattr(diffusers_eager, operation),
         "torch": getattr(load_ops("torch"), operation),
     }
     if device == "cuda":
@@ -129,41 +170,53 @@ def _contestants(operation: str, device: str) -> dict[str, Callable]:
     return functions
 
 
+def parity(case: Case, functions: Mapping[str, Callable], inputs: Any, dtype: torch.dtype) -> dict[str, float]:
+    """The relative error, against the reference in float64, of every contestant that is right; others are printed.
+
+    The budget of each output: twice the error of "eager", which must be among them, and a rounding step. Gradients of
+    weights are sums over tokens in any order: a step per level of a pairwise sum. diffusers rounds more often.
+    """
+    steps = math.log2(inputs[0][0].shape[-2]) if case.backward else 1.0
+    low = _outputs(functions["eager"], _map(_fresh, inputs), case)
+    exact = _outputs(functions["eager"], _map(_double, inputs), case)
+    budgets = [
+        2 * relative_error(out, ref) + steps * torch.finfo(out.dtype).eps for out, ref in zip(low, exact, strict=True)
+    ]
+    errors = {}
+    for name, function in functions.items():
+        rounding = ROUNDINGS * torch.finfo(dtype).eps if isinstance(function, EagerSequence) else 0.0
+        outputs = _outputs(function, _map(_fresh, inputs), case)
+        try:
+            errors[name] = max(
+                check_close(f"{name}, {case.name}", out, ref, budget + rounding)
+                for out, ref, budget in zip(outputs, exact, budgets, strict=True)
+            )
+        except AssertionError as error:
+            print(f"no speed: {error}")
+    return errors
+
+
 def _bench_case(
     operation: str, case: Case, device: str, dtype: torch.dtype, repeats: int, copy: float, gemm: float
 ) -> list[dict]:
     calls = max(1, min(16, ROTATED_BYTES // max(1, case.bytes_moved))) if device == "cuda" else 1
     inputs = [case.make(torch.Generator().manual_seed(i), device, dtype) for i in range(calls)]
-    exact = _outputs(getattr(load_ops("reference"), operation), _map(_double, inputs[0]), case.backward)
     torch._dynamo.reset()  # else the limit on recompilations would turn "compiled" into eager
-    contestants = _contestants(operation, device)
+    entered = contestants(operation, case, device)
+    errors = parity(case, entered, inputs[0], dtype)
     functions: dict[str, Callable] = {}
-    errors: dict[str, float] = {}
-    budgets: list[float] = []
-    # The budget: twice the eager reference's error and a rounding step. Gradients of weights are sums over
-    # tokens in any order: a step per level of a pairwise sum.
-    steps = math.log2(inputs[0][0][0].shape[-2]) if case.backward else 1.0
-    for name, function in contestants.items():
-        outputs = _outputs(function, inputs[0], case.backward)
-        own = [relative_error(out, ref) for out, ref in zip(outputs, exact, strict=True)]
-        budgets = budgets or [2 * e + steps * torch.finfo(out.dtype).eps for e, out in zip(own, outputs, strict=True)]
-        try:
-            for out, ref, budget in zip(outputs, exact, budgets, strict=True):
-                check_close(f"{name}, {case.name}", out, ref, budget)
-        except AssertionError as error:
-            print(f"no speed: {error}")
-            continue
-        errors[name] = max(own)
-        functions[name] = _timed(function, inputs, case.backward, device)
+    captured: dict[str, bool] = {}
+    for name in errors:
+        functions[name], captured[name] = _timed(entered[name], inputs, case, device)
     seconds = {name: s / calls for name, s in interleaved_medians(functions, repeats).items()}
     rows = []
     for name, s in seconds.items():
         bandwidth, rate = case.bytes_moved / s, case.flops / s
         ceiling = rate / gemm if case.flops else bandwidth / copy
         print(
-            f"{case.name:<34}{name:<10}{s * 1e3:9.4f} ms {bandwidth / 1e9:8.1f} GB/s {rate / 1e12:8.2f} TFLOP/s "
+            f"{case.name:<48}{name:<16}{s * 1e3:9.4f} ms {bandwidth / 1e9:8.1f} GB/s {rate / 1e12:8.2f} TFLOP/s "
             f"{ceiling:5.0%} of {'GEMM' if case.flops else 'copy'}   {seconds['eager'] / s:6.2f}x eager   "
-            f"error {errors[name]:.1e}",
+            f"error {errors[name]:.1e}{'' if captured[name] else '   with its launches'}",
             flush=True,
         )
         rows.append(
@@ -179,20 +232,27 @@ def _bench_case(
                 "tflop_per_s": rate / 1e12,
                 "of_ceiling": ceiling,
                 "relative_error": errors[name],
+                "launches_timed": not captured[name],
             }
         )
     return rows
 
 
-def _timed(function: Callable, inputs: Sequence[tuple[tuple, dict]], backward: bool, device: str) -> Callable[[], None]:
-    """All inputs once; on CUDA as a graph, so that launches cost the host nothing."""
+def _timed(
+    function: Callable, inputs: Sequence[tuple[tuple, dict]], case: Case, device: str
+) -> tuple[Callable[[], Any], bool]:
+    """All inputs once, and whether as a CUDA graph, so that launches cost the host nothing (a CPU has no launches)."""
+    plain = replace(case, writes=())
+    if isinstance(function, EagerSequence):
+        prepared = [_map(_leaf, function.prepare(*args, **kwargs)) for args, kwargs in inputs]
+        function, inputs = function.call, [(args, {}) for args in prepared]
 
     def call() -> None:
         for args in inputs:
-            _outputs(function, args, backward)
+            _outputs(function, args, plain)
 
     if device != "cuda":
-        return call
+        return call, True
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -200,27 +260,42 @@ def _timed(function: Callable, inputs: Sequence[tuple[tuple, dict]], backward: b
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"not captured: {case.name} ({str(error).strip().splitlines()[0]})")
+        return call, False
+    return graph.replay, True
 
 
-def _outputs(function: Callable, inputs: tuple[tuple, dict[str, Any]], backward: bool) -> list[Tensor]:
-    """Outputs of a call, or the gradients of its leaves for output gradients equal to the outputs."""
+def _outputs(function: Callable, inputs: tuple[tuple, dict[str, Any]], case: Case) -> list[Tensor]:
+    """Outputs of a call, with what it wrote, or the gradients of its leaves for output gradients equal to the
+    outputs."""
     args, kwargs = inputs
-    if not backward:
-        with torch.no_grad():
-            out = function(*args, **kwargs)
-        return list(out) if isinstance(out, tuple) else [out]
-    out = function(*args, **kwargs)
-    outputs = list(out) if isinstance(out, tuple) else [out]
+    with torch.set_grad_enabled(case.backward):
+        out = function(*args, **kwargs)
+    outputs = list(out) if isinstance(out, (tuple, list)) else [out]
+    if not case.backward:
+        # diffusers has no slabs: it returns what ours writes.
+        written = () if isinstance(function, EagerSequence) else case.writes
+        return outputs + [kwargs[name] for name in written]
     leaves: list[Tensor] = []
     _map(lambda t: leaves.append(t) if t.requires_grad else None, inputs)
     return list(torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs]))
 
 
 def _double(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_(x.requires_grad)
+    return _fresh(x.double())
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """A copy: nobody's result may come from what another wrote."""
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
 
 
 def _map(function: Callable[[Tensor], Any], value: Any) -> Any:

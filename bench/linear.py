@@ -1,57 +1,41 @@
-"""fp32 linears on a CPU: the backend's (oneDNN) against torch's own choice (MKL), and bf16, at the models' shapes.
+"""The linears of a block: fused projection, output, second of the FFN. On a CPU: oneDNN against torch's MKL.
 
-    python -m bench.linear [--repeats 20]
+    python -m bench.linear [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 
-FLOPs: 2*M*K*N. Both are strict fp32; the parity check is against float64.
+"eager" is torch's own choice; `torch` takes oneDNN for fp32 on a CPU. diffusers has three projections for our one.
 """
 
 from __future__ import annotations
 
-import argparse
-from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from anyflow_kernels import load_ops
+from .kernel_bench import Case, model_cases, run
 
-from .common import check_close, interleaved_medians, machine_line, write_rows
-
-SHAPES = {  # tokens, in, out
-    "1.3B qkv, 1 frame": (1560, 1536, 4608),
-    "1.3B out, 1 frame": (1560, 1536, 1536),
-    "1.3B FFN down, 1 frame": (1560, 8960, 1536),
-    "small qkv": (1170, 256, 768),
-}
+USES = {"qkv": ("dim", 3), "out": ("dim", 1), "FFN down": ("ffn", 1)}  # width in, outputs of width D
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
-    print(machine_line())
-    linear, rows = load_ops("torch").linear, []
-    for name, (m, k, n) in SHAPES.items():
-        x, weight, bias = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n)
-        oracle = F.linear(x.double(), weight.double(), bias.double())
-        check_close(name, linear(x, weight, bias), oracle, 1e-6)
-        half = [t.bfloat16() for t in (x, weight, bias)]
-        contestants = {
-            "torch": partial(F.linear, x, weight, bias),
-            "ours": partial(linear, x, weight, bias),
-            "bf16": partial(linear, *half),
-        }
-        seconds = interleaved_medians(contestants, args.repeats)
-        rates = {f"{key}_gflops": 2 * m * k * n / value / 1e9 for key, value in seconds.items()}
-        rows.append({"shape": name, "speedup": seconds["torch"] / seconds["ours"], **rates})
-        print(
-            f"{name:<24}"
-            + "   ".join(f"{key} {value:6.0f}" for key, value in rates.items())
-            + f"   {rows[-1]['speedup']:.2f}x"
-        )
-    write_rows(rows)
+def case(name: str, tokens: int, width_in: int, width_out: int, dtype: torch.dtype, backward: bool) -> Case:
+    def make(generator: torch.Generator, device: str, dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+        x = torch.randn(1, tokens, width_in, generator=generator)
+        weight = torch.randn(width_out, width_in, generator=generator) * width_in**-0.5
+        bias = torch.randn(width_out, generator=generator)
+        return tuple(t.to(device, dtype).requires_grad_(backward) for t in (x, weight, bias)), {}
+
+    gemms = 3 if backward else 1  # a backward is two of the forward's size
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    moved = gemms * (tokens * width_in + width_in * width_out + tokens * width_out) * itemsize
+    return Case(name, make, moved, gemms * 2 * tokens * width_in * width_out, backward=backward)
+
+
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
+    return [
+        case(f"{name}, {use}", layout.num_query_tokens, size[width], outputs * size["dim"], dtype, layout.clean)
+        for name, size, layout in model_cases(tiny)
+        for use, (width, outputs) in USES.items()
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    run("linear", __doc__, cases)

@@ -1,6 +1,6 @@
 """The FFN's first GEMM with bias and tanh-GELU.
 
-python -m bench.linear_gelu [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+python -m bench.linear_gelu [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anyflow_kernels.triton_ops.linear_gelu import bytes_moved, flops
+from anyflow_kernels.triton_ops.linear_gelu import flops
 
 from .kernel_bench import Case, model_cases, run
 
@@ -22,16 +22,16 @@ def case(name: str, tokens: int, dim: int, ffn: int, dtype: torch.dtype, backwar
         return tuple(t.to(device, dtype).requires_grad_(backward) for t in (x, weight, bias)), {}
 
     # A backward is two GEMMs of the forward's size.
-    work = flops(tokens, dim, ffn) * (3 if backward else 1)
+    gemms = 3 if backward else 1
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    moved = bytes_moved(tokens, ffn, itemsize) + (bytes_moved(tokens, ffn, itemsize, backward=True) if backward else 0)
-    return Case(name, make, moved, work, backward)
+    moved = gemms * (tokens * dim + dim * ffn + tokens * ffn) * itemsize
+    return Case(name, make, moved, gemms * flops(tokens, dim, ffn), backward=backward)
 
 
-def cases(dtype: torch.dtype) -> list[Case]:
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
     return [
         case(name, layout.num_query_tokens, size["dim"], size["ffn"], dtype, layout.clean)
-        for name, size, layout in model_cases()
+        for name, size, layout in model_cases(tiny)
     ]
 
 

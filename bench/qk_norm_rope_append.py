@@ -1,6 +1,8 @@
 """QK-RMSNorm + RoPE + KV append from the fused projection, forward into slabs; forward with backward for training.
 
-python -m bench.qk_norm_rope_append [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+diffusers' sequence concatenates the cache and rotates all of its keys anew, as it does in every step.
+
+python -m bench.qk_norm_rope_append [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ def case(name: str, heads: int, head_dim: int, layout: FarLayout, dtype: torch.d
 
     qkv = torch.empty(1, tokens, 3 * width, dtype=dtype, device="meta")
     moved = bytes_moved(qkv, heads) + (backward_bytes_moved(qkv) if backward else 0)
-    return Case(name, make, moved, elementwise_flops=(3 if backward else 1) * flops(qkv), backward=backward)
+    work = (3 if backward else 1) * flops(qkv)
+    writes = () if backward else ("k_cache", "v_cache")
+    return Case(name, make, moved, elementwise_flops=work, backward=backward, writes=writes)
 
 
-def cases(dtype: torch.dtype) -> list[Case]:
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
     found = []
-    for name, size, layout in model_cases():
+    for name, size, layout in model_cases(tiny):
         found.append(case(name, size["heads"], size["head_dim"], layout, dtype, layout.clean))
         if name.endswith("chunk 0"):
             found.append(case(f"{name} fwd+bwd", size["heads"], size["head_dim"], layout, dtype, True))

@@ -1,6 +1,6 @@
 """RMSNorm over all channels, as of the queries of cross-attention.
 
-python -m bench.rms_norm [--dtype float32|bfloat16] [--repeats N] [--json FILE]
+python -m bench.rms_norm [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ def case(name: str, tokens: int, width: int, dtype: torch.dtype, backward: bool)
     return Case(name, make, moved, elementwise_flops=work, backward=backward)
 
 
-def cases(dtype: torch.dtype) -> list[Case]:
+def cases(dtype: torch.dtype, tiny: bool) -> list[Case]:
     return [
-        case(name, layout.num_query_tokens, size["dim"], dtype, layout.clean) for name, size, layout in model_cases()
+        case(name, layout.num_query_tokens, size["dim"], dtype, layout.clean)
+        for name, size, layout in model_cases(tiny)
     ]
 
 

@@ -1,4 +1,7 @@
-"""A roofline picture: measured rate over arithmetic intensity, under the machine's measured ceilings."""
+"""A roofline picture: measured rate over arithmetic intensity, under the machine's measured ceilings.
+
+An operation that only copies has no intensity: the picture is its bandwidth over the bytes of a call.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,41 @@ def draw_roofline(rows: Sequence[dict[str, Any]], bandwidth: float, flop_rate: f
     """Write a PNG or SVG.
 
     Args:
-        rows: one per measurement, with `contestant`, `shape`, `ms`, `flops` and `bytes`.
+        rows: one per measurement, with `operation`, `contestant`, `shape`, `ms`, `flops` and `bytes`.
         bandwidth: bytes per second of a large copy, the slope of the roof.
         flop_rate: FLOP per second of a large matrix product, its flat part.
+
+    Raises:
+        ValueError: if there are no rows.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    points = [row for row in rows if row["flops"] and row["bytes"]]
-    if not points:
-        raise ValueError("rows: got none with FLOPs and bytes, expected at least one measurement")
-    intensities = [row["flops"] / row["bytes"] for row in points]
-    span = (min(*intensities, flop_rate / bandwidth) / 3, max(*intensities, flop_rate / bandwidth) * 3)
+    if not rows:
+        raise ValueError("rows: got none, expected at least one measurement")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    ridge = flop_rate / bandwidth
-    roof = [bandwidth * span[0], flop_rate, flop_rate]
-    axes.loglog([span[0], ridge, span[1]], [rate / 1e12 for rate in roof], color="black", linewidth=1)
-    for contestant in dict.fromkeys(row["contestant"] for row in points):
-        own = [row for row in points if row["contestant"] == contestant]
-        rates = [row["flops"] / row["ms"] / 1e9 for row in own]
-        axes.loglog([row["flops"] / row["bytes"] for row in own], rates, "o", markersize=5, label=contestant)
-    axes.set_xlabel("FLOP per byte of the least traffic")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{points[0]['operation']}: copy {bandwidth / 1e9:.0f} GB/s, GEMM {flop_rate / 1e12:.2f} TFLOP/s")
+    title = f"{rows[0]['operation']}: copy {bandwidth / 1e9:.0f} GB/s"
+    if all(row["flops"] for row in rows):
+        ridge = flop_rate / bandwidth
+        intensities = [row["flops"] / row["bytes"] for row in rows]
+        span = (min(*intensities, ridge) / 3, max(*intensities, ridge) * 3)
+        roof = [bandwidth * span[0] / 1e12, flop_rate / 1e12, flop_rate / 1e12]
+        axes.loglog([span[0], ridge, span[1]], roof, color="black", linewidth=1)
+        axes.set_xlabel("FLOP per byte of the least traffic")
+        axes.set_ylabel("TFLOP/s")
+        title += f", GEMM {flop_rate / 1e12:.2f} TFLOP/s"
+        points = [(row["contestant"], row["flops"] / row["bytes"], row["flops"] / row["ms"] / 1e9) for row in rows]
+    else:
+        axes.axhline(bandwidth / 1e9, color="black", linewidth=1)
+        axes.set_xlabel("least bytes of a call")
+        axes.set_ylabel("GB/s")
+        points = [(row["contestant"], row["bytes"], row["bytes"] / row["ms"] / 1e6) for row in rows]
+    for contestant in dict.fromkeys(row["contestant"] for row in rows):
+        own = [(x, y) for name, x, y in points if name == contestant]
+        axes.loglog([x for x, _ in own], [y for _, y in own], "o", markersize=5, label=contestant)
+    axes.set_title(title)
     axes.legend()
     figure.savefig(path)
     pyplot.close(figure)

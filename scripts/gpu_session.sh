@@ -37,10 +37,9 @@ case $part in check | all)
 esac
 case $part in kernels | all)
     for bench in far_attention gated_residual_layer_norm qk_norm_rope_append rms_norm linear_gelu dual_timestep_embedding \
-        flow_map_step; do
+        flow_map_step patch_embed unpatchify; do
         step "bench_$bench" 200 "$python" -m "bench.$bench" --json "$out/$bench.json"
     done
-    step bench_patch_embed 60 "$python" -m bench.patch_embed
     ;;
 esac
 case $part in rollouts | all)
