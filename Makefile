@@ -1,4 +1,4 @@
-# make test | demo | check, on a fresh clone. The virtual environment is made once, and brought up to date when the
+# make demo | test | check | drop-in, on a fresh clone. The virtual environment is made once, and brought up to date when the
 # metadata, the pins or the C++ sources change.
 SHELL := /bin/bash
 VENV := .venv
@@ -13,13 +13,22 @@ EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
 
-.PHONY: demo test check format cuda-check aot-check clean FORCE
+.PHONY: demo drop-in test browser-test check format cuda-check aot-check clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
 
+drop-in: $(STAMP)
+	$(PY) -m bench.drop_in
+
 test: $(STAMP)
 	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+
+# The live view in a headless Chromium.
+browser-test: $(STAMP)
+	@command -v chromium > /dev/null || { echo "browser-test needs chromium (Debian: apt install chromium)" >&2; exit 1; }
+	$(PIP) playwright
+	$(PY) -m pytest --run-slow -k browser tests/test_serve_command.py $(PYTEST_ARGS)
 
 check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)

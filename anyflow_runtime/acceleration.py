@@ -22,7 +22,7 @@ _OURS: dict[str, type[AnyFlowModel]] = {
     "AnyFlowFARTransformer3DModel": AnyFlowFARTransformer3DModel,
 }
 _MERGED: dict[tuple[type, type], type] = {}
-_RUNTIME_STATE = ("ops", "phantom_padding", "cuda_graphs", "_rotary")
+_RUNTIME_STATE = ("ops", "phantom_padding", "cuda_graphs", "idle_workspaces", "parallel", "_rotary")
 
 
 def accelerate(
@@ -36,8 +36,7 @@ def accelerate(
     """Run a diffusers AnyFlow pipeline or transformer on our kernels.
 
     Weights are shared, not copied: q, k and v of each self-attention move into one storage of which the original
-        parameters
-    become views. Calling it again changes the options.
+    parameters become views. Calling it again changes the options.
 
     Args:
         pipe: an `AnyFlowPipeline`, an `AnyFlowFARPipeline`, or one of their transformers (diffusers >= 0.42).
@@ -46,7 +45,8 @@ def accelerate(
         compile: True, or keywords of `torch.compile`, to compile each transformer block. Every block and every chunk
             length is a graph of its own; past torch's recompilation limit blocks run uncompiled.
         backend: see `anyflow_kernels.load_ops`.
-        cuda_graphs: on CUDA, capture each chunk's denoising step at its second run and replay it from then on.
+        cuda_graphs: on CUDA, capture each chunk's denoising step at its second run and replay it from then on, in
+            later rollouts too; the model keeps the slabs of the latest rollout for it (`release_memory`).
 
     Returns:
         The same object.

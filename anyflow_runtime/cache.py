@@ -9,6 +9,7 @@ chunks again because their context changed. Measured on the reference: exact to 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from anyflow_kernels.reference import rotate
 
 from .cuda_graphs import StepGraphs
 from .models.conditioning import PromptKeys, TimeMemo
+from .parallel.shards import HeldKeys
+from .workspaces import Slabs, Workspace, fingerprint
 
 if TYPE_CHECKING:
     from .models.far import AnyFlowFARTransformer3DModel
-
-Slabs = list[tuple[Tensor, Tensor]]
+    from .parallel import ContextParallel
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class FarCache:
         device, dtype: of the slabs.
         immutable: take new slabs at every prefill instead of overwriting, for training: what a backward pass saved
             stays.
+        parallel: the processes that share the tokens of the model; the slabs then hold this one's part.
+        model: whose finished rollouts leave slabs and captured steps to this one, and this one to later ones; None:
+            the memory is this rollout's own.
 
     Attributes:
         context: the chunks whose keys are in the slabs, or None.
         pending: chunks that are finished but not encoded yet; the next query encodes them all in one pass.
         times: embeddings of the time pairs met so far, once per schedule.
-        graphs: denoising steps of this rollout captured as CUDA graphs.
+        workspace: slabs, and denoising steps captured as CUDA graphs.
+        held: which keys each process holds, where it holds those of its tokens (ring), else None.
     """
 
     def __init__(
@@ -73,21 +79,28 @@ class FarCache:
         device: torch.device | str,
         dtype: torch.dtype,
         immutable: bool = False,
+        parallel: ContextParallel | None = None,
+        model: AnyFlowFARTransformer3DModel | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected >= 1")
         self._layout = layout
-        self._slab_shape = (batch_size, 0, num_heads, head_dim)
-        self._num_layers, self._device, self._dtype = num_layers, torch.device(device), dtype
-        self.immutable = immutable
-        self.slabs: Slabs = []
+        self._model_size = (num_layers, num_heads, head_dim)
+        self._slab_shape = (batch_size, 0, parallel.heads_held(num_heads) if parallel else num_heads, head_dim)
+        self._device, self._dtype = torch.device(device), dtype
+        self.immutable, self.parallel = immutable, parallel
+        self.held = HeldKeys.none(parallel.world) if parallel and parallel.mode == "ring" else None
+        self.workspace = Workspace()
         self.context: Context | None = None
         self.pending: Context | None = None
-        self.graphs = StepGraphs()
         self.times: TimeMemo = {}
         self._prompts: list[PromptKeys] = []
         partition = layout.chunk_partition
-        self._grow(max(self.layout("inference", partition[: i + 1]).num_key_tokens for i in range(len(partition))))
+        tokens = max(self._share(self.layout("inference", partition[: i + 1])) for i in range(len(partition)))
+        if model is None or immutable or parallel or not model.captures(self._device):
+            self._grow(tokens)
+        else:
+            self._share_workspace(model, tokens)
 
     @classmethod
     def for_model(
@@ -103,7 +116,17 @@ class FarCache:
         config = model.config
         layout = model.layout("inference", chunk_partition, height, width)
         size = (config.num_layers, config.num_attention_heads, config.attention_head_dim)
-        return cls(layout, *size, batch_size, model.device, model.dtype, immutable)
+        return cls(layout, *size, batch_size, model.device, model.dtype, immutable, model.parallel, model)
+
+    @property
+    def slabs(self) -> Slabs:
+        """Per block the keys and values, (B, capacity, H, d) each."""
+        return self.workspace.slabs
+
+    @property
+    def graphs(self) -> StepGraphs:
+        """The captured denoising steps."""
+        return self.workspace.graphs
 
     @property
     def batch_size(self) -> int:
@@ -117,7 +140,7 @@ class FarCache:
     @property
     def model_size(self) -> tuple[int, int, int]:
         """Layers, heads and channels per head of the model it serves."""
-        return (self._num_layers, *self._slab_shape[2:])
+        return self._model_size
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -126,7 +149,7 @@ class FarCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all slabs."""
+        """Memory of all slabs of this process."""
         return sum(k.nbytes + v.nbytes for k, v in self.slabs)
 
     @property
@@ -182,8 +205,9 @@ class FarCache:
 
     def slabs_for(self, layout: FarLayout) -> Slabs:
         """The slabs, large enough for the layout. Its queries may be written behind the context."""
-        if self.capacity < layout.num_key_tokens:
-            self._grow(layout.num_key_tokens, keep=layout.cache_offset)
+        context, tokens = self._tokens(layout)
+        if self.capacity < tokens:
+            self._grow(tokens, keep=context)
         return self.slabs
 
     def begin_write(self, layout: FarLayout) -> Slabs:
@@ -192,24 +216,60 @@ class FarCache:
         """
         self.context = None
         if self.immutable:
-            self._grow(max(self.capacity, layout.num_key_tokens), keep=layout.cache_offset)
-        return self.slabs_for(layout)
+            context, tokens = self._tokens(layout)
+            self._grow(max(self.capacity, tokens), keep=context)
+        slabs = self.slabs_for(layout)
+        if self.held is not None and self.parallel is not None:
+            self.held = self.held.followed_by(self.parallel.shards(layout.frame_map), layout.cache_offset)
+        return slabs
 
     def end_write(self, context: Context) -> None:
         """Declare the slabs filled from `context`."""
         self.context, self.pending = context, None
 
+    def _tokens(self, layout: FarLayout) -> tuple[int, int]:
+        """Slab positions of the layout's context, and of it and the queries together."""
+        if self.held is None or self.parallel is None:
+            return layout.cache_offset, layout.num_key_tokens
+        rank, shards = self.parallel.rank, self.parallel.shards(layout.frame_map)
+        together = self.held.followed_by(shards, layout.cache_offset)
+        return self.held.count(rank, before=layout.cache_offset), together.count(rank)
+
+    def _share(self, layout: FarLayout) -> int:
+        """Slab positions that the layout takes when its chunks came one by one."""
+        if self.held is None or self.parallel is None:
+            return layout.num_key_tokens
+        return sum(math.ceil(segment.tokens / self.parallel.world) for segment in layout.segments)
+
+    def _share_workspace(self, model: AnyFlowFARTransformer3DModel, tokens: int) -> None:
+        """Take over what a finished rollout of the same shape has left, or else new slabs, and leave them in turn."""
+        shape = (self._slab_shape[0], tokens, *self._slab_shape[2:])
+        # Another stream may still be at work on this memory, and what inference mode made cannot be written outside it.
+        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
+        mode = (stream, torch.is_inference_mode_enabled())
+        made_for = (shape, self._model_size[0], self._dtype, self._device, mode, fingerprint(model))
+        idle = model.idle_workspaces.take(made_for)
+        if idle is None:
+            self._grow(tokens)
+            self.workspace.made_for = made_for
+        else:
+            self.workspace, self._slab_shape = idle, shape
+        model.idle_workspaces.use(self.workspace)
+        weakref.finalize(self, model.idle_workspaces.give, self.workspace).atexit = False
+
     def _grow(self, tokens: int, keep: int = 0) -> None:
         batch, _, heads, head_dim = self._slab_shape
         shape = (batch, tokens, heads, head_dim)
-        old: list[Any] = list(self.slabs) or [None] * self._num_layers
+        old: list[Any] = list(self.slabs) or [None] * self._model_size[0]
         slabs: Slabs = []  # taken over only when complete: an allocation may fail
         for pair in old:
             k, v = torch.empty(2, *shape, device=self._device, dtype=self._dtype).unbind(0)
             if pair is not None and keep:
                 k[:, :keep], v[:, :keep] = pair[0][:, :keep], pair[1][:, :keep]
             slabs.append((k, v))
-        self.slabs, self._slab_shape = slabs, shape
+        self.workspace.slabs, self._slab_shape = slabs, shape
+        self.workspace.made_for = None  # captured steps read the old slabs
+        self.graphs.clear()
 
 
 def adopt_reference_cache(
@@ -243,8 +303,10 @@ def adopt_reference_cache(
     largest = max(max(partition), full.shape[3] // (limit * frame_tokens[0]))
     num_chunks = max(len(partition), compressed.shape[3] // (largest * frame_tokens[1]) + limit - 1)
     layout = model.layout("inference", (largest,) * num_chunks, height, width)
+    if num_cached and model.parallel is not None:
+        raise ValueError("kv_cache: got keys of a diffusers model on several processes, expected an empty cache")
     size = (model.config.num_layers, model.config.num_attention_heads, model.config.attention_head_dim)
-    cache = FarCache(layout, *size, full.shape[1], full.device, full.dtype)
+    cache = FarCache(layout, *size, full.shape[1], full.device, full.dtype, parallel=model.parallel, model=model)
     if num_cached:
         _take_keys(cache, kv_cache, model, now)
     for i in range(model.config.num_layers):

@@ -75,9 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: BaseException) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     if len(message) <= _LONGEST_MESSAGE:
-        return message
-    return f"{message[:_LONGEST_MESSAGE]} ... (--debug shows all of it)"
+        return message + notes
+    return f"{message[:_LONGEST_MESSAGE]} ...{notes} (--debug shows all of it)"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
             pixels = np.array(ops.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise VideoReadError(f"{path}: not a readable picture ({error})") from error
-    return _fitted(_unit(pixels), size)
+    return fitted(_unit(pixels), size)
 
 
 def read_video(
@@ -83,7 +83,7 @@ def read_video(
     path = _existing(path)
     frames: list[Tensor] = []
     for pixels in _decoded(path):
-        frames.append(_fitted(_unit(pixels), size))
+        frames.append(fitted(_unit(pixels), size))
         if len(frames) == num_frames:
             break
     if num_frames is not None and len(frames) < num_frames:
@@ -144,8 +144,8 @@ def _unit(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
 
 
-def _fitted(image: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Scale (C, H, W) to cover `size` and crop its middle."""
+def fitted(image: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Scale a picture (C, H, W) in [0, 1] to cover `size`, (height, width), and crop its middle; None leaves it."""
     if size is None or tuple(image.shape[1:]) == size:
         return image.contiguous()
     height, width = image.shape[1:]
@@ -175,13 +175,14 @@ class VideoWriter:
         fps: frames per second.
         pixel_range: of float frames, "unit" for [0, 1] or "signed" for [-1, 1]; what lies outside is clamped.
         crf: quality of H.264, 0 (lossless) to 51.
+        zoom: side of the square that shows a pixel, for videos too small to see.
     Raises:
-        ValueError: for an unknown suffix, range, rate or quality.
+        ValueError: for an unknown suffix, range, rate, quality or zoom.
         FileNotFoundError: if the directory does not exist.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], fps: int = 16, *, pixel_range: str = "unit", crf: int = 18
+        self, path: str | os.PathLike[str], fps: int = 16, *, pixel_range: str = "unit", crf: int = 18, zoom: int = 1
     ) -> None:
         self.path = Path(path)
         suffix = self.path.suffix.lower()
@@ -191,6 +192,8 @@ class VideoWriter:
             raise ValueError(f"pixel_range: expected one of {PIXEL_RANGES}, got {pixel_range!r}")
         if fps < 1 or not 0 <= crf <= 51:
             raise ValueError(f"fps, crf: expected fps of at least 1 and crf from 0 to 51, got {fps}, {crf}")
+        if zoom < 1:
+            raise ValueError(f"zoom: expected at least 1, got {zoom}")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(self.path.parent))
         _optional("av", "PyAV") if suffix == ".mp4" else _optional("PIL.Image", "Pillow")
@@ -198,7 +201,7 @@ class VideoWriter:
         self.fps = fps
         self.frames_written = 0
         self._signed = pixel_range == "signed"
-        self._crf = crf
+        self._crf, self._zoom = crf, zoom
         self._size: tuple[int, int] | None = None
         self._sink: _Sink | None = None
         self._closed = False
@@ -262,6 +265,8 @@ class VideoWriter:
             raise ValueError(f"frames: expected shape (T, 3, H, W) or (3, H, W), got {tuple(frames.shape)}")
         if frames.dtype != torch.uint8 and not frames.is_floating_point():
             raise TypeError(f"frames: expected uint8 or a floating-point dtype, got {frames.dtype}")
+        if self._zoom > 1:
+            frames = frames.repeat_interleave(self._zoom, -1).repeat_interleave(self._zoom, -2)
         size = (frames.shape[-2], frames.shape[-1])
         if self._size is not None and size != self._size:
             raise ValueError(f"frames: the video is {self._size[0]} x {self._size[1]}, got {size[0]} x {size[1]}")

@@ -1,11 +1,14 @@
 """A FAR training step, forward and backward, on our backend against the reference's way of computing it.
 
-    python -m bench.training_step [--repeats 5] [--config small wide] [--dtype float32 bfloat16] [--json FILE]
+python -m bench.training_step [--repeats 5] [--config small wide] [--dtype float32 bfloat16] [--json FILE]
 
 The causal training layout: compressed context, three noisy chunks, and their clean copy. On CUDA the reference is the
 `reference` backend with its flex attention compiled, ours is `triton`; on a CPU, where flex attention has no backward,
 the `reference` backend computes the masked attention densely, ours is `torch`. The two take turns in one process on the
 same weights; first the loss and every gradient must agree. Peak memory is what a step adds to the process.
+
+On CUDA also the attention alone, forward and backward, of the released models at 480p: 81 frames with their clean copy,
+`triton` against compiled flex_attention, whose BlockMask is built beforehand.
 """
 
 from __future__ import annotations
@@ -17,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_kernels import load_ops
+from anyflow_kernels import AttentionPlan, FarLayout, load_ops
+from anyflow_kernels.aot_case import MODELS
+from anyflow_kernels.triton_ops.far_attention import flops
 from anyflow_runtime import AnyFlowFARTransformer3DModel
 from anyflow_runtime.training import FarClip, FarVelocity
 
 from .common import check_close, interleaved_medians, machine_line, write_rows
 from .costs import forward_flops
+from .far_attention import Attend, flex_contestant
 from .memory import with_peak_bytes
 
 PARTITION, TEXT_TOKENS = (1, 3, 3, 3, 3), 512
+RELEASED = FarLayout((1, 3, 3, 3, 3, 3, 3, 2), 60, 104, clean=True)
 CONFIGS: dict[str, dict[str, Any]] = {
     "small": {"heads": 4, "head_dim": 64, "layers": 4, "ffn_dim": 1024, "size": (16, 24)},  # 96 tokens a frame
     "wide": {"heads": 12, "head_dim": 128, "layers": 2, "ffn_dim": 8960, "size": (16, 24)},
@@ -104,6 +111,55 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     }
 
 
+def bench_attention(model: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """The attention of a released model in training, on CUDA."""
+    heads, head_dim = MODELS[model]["heads"], MODELS[model]["head_dim"]
+    plan, scale = AttentionPlan.from_layout(RELEASED), head_dim**-0.5
+    generator = torch.Generator("cuda").manual_seed(0)
+    lengths = (plan.num_queries, plan.num_keys, plan.num_keys, plan.num_queries)
+    q, k, v, upstream = (
+        torch.randn(1, n, heads, head_dim, generator=generator, device="cuda", dtype=dtype) for n in lengths
+    )
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    ops = load_ops("triton")
+    mask_ms, flex = flex_contestant(plan, scale)
+    contestants: dict[str, Attend] = {
+        "triton": lambda q, k, v: ops.far_attention(q, k, v, plan, scale),
+        "flex": flex,
+    }
+
+    def step(name: str) -> tuple[Tensor, ...]:
+        out = contestants[name](*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, upstream)
+
+    errors = {
+        part: check_close(f"{model} attention, {part}", own, other, TOLERANCE[dtype])
+        for part, own, other in zip(("out", "dq", "dk", "dv"), step("triton"), step("flex"), strict=True)
+    }
+    seconds = interleaved_medians({name: partial(step, name) for name in contestants}, repeats)
+    shape = (1, heads, head_dim)
+    work = flops(plan, *shape) + flops(plan, *shape, backward=True)
+    row = {
+        "config": f"{model} attention",
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": "triton",
+        "tokens": plan.num_queries,
+        "flex_s": seconds["flex"],
+        "ours_s": seconds["triton"],
+        "speedup": seconds["flex"] / seconds["triton"],
+        "flex_mask_ms": mask_ms,
+        "errors": errors,
+        "ours_tflops": work / seconds["triton"] / 1e12,
+    }
+    print(
+        f"{model} attention {row['dtype']} {row['tokens']} tokens, forward + backward   "
+        f"flex {seconds['flex'] * 1e3:.2f} ms (mask {mask_ms:.0f} ms)   triton {seconds['triton'] * 1e3:.2f} ms   "
+        f"{row['speedup']:.2f}x   {row['ours_tflops']:.0f} TFLOP/s   error {max(errors.values()):.1e}",
+        flush=True,
+    )
+    return row
+
+
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([gradients[key].flatten().float() for key in sorted(gradients)])
 
@@ -112,10 +168,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    default = "bfloat16" if torch.cuda.is_available() else "float32"
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=[default])
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
-    print(machine_line())
+    print(machine_line("triton", "anyflow-kernels"))
     rows = []
     for dtype in (getattr(torch, name) for name in args.dtype):
         for name in args.config:
@@ -128,6 +185,10 @@ def main() -> None:
                 f"{row['ours_gflops']:.0f} GFLOP/s   gradient error {row['gradient_error']:.1e}",
                 flush=True,
             )
+    if torch.cuda.is_available():
+        rows += [bench_attention(model, getattr(torch, name), args.repeats) for name in args.dtype for model in MODELS]
+    else:
+        print("skipped: attention of the released models against flex_attention, forward + backward (no CUDA device)")
     write_rows(rows, args.json)
 
 

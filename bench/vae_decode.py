@@ -1,6 +1,7 @@
 """VAE decoding: diffusers' `AutoencoderKLWan.decode` and ours, speed and peak memory, on random weights.
 
     python -m bench.vae_decode [--base-dim 96] [--latents 4] [--height 160] [--width 64] [--dtype float32] [--json FILE]
+    python -m bench.vae_decode --base-dim 16 --latents 3 --height 64 --width 64 --repeats 2  # a look, in half a minute
 
 Contestants: diffusers and ours in one call, both one latent frame at a time inside; ours streamed in chunks of 1 and
 then `--chunk` latents as the AnyFlow-FAR rollout makes them; the same with each chunk in a single pass.  They take

@@ -4,13 +4,15 @@ there."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from anyflow_runtime import FarCache
+from anyflow_runtime import FarCache, cuda_graphs
 from anyflow_runtime.cuda_graphs import StepGraphs
 from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
 
@@ -41,7 +43,8 @@ def no_gradients() -> Any:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> AnyFlowFARTransformer3DModel:
     torch.manual_seed(0)
-    monkeypatch.setattr(AnyFlowFARTransformer3DModel, "_may_capture", lambda self, latents: self.cuda_graphs)
+    monkeypatch.setattr(AnyFlowFARTransformer3DModel, "captures", lambda self, device: self.cuda_graphs)
+    monkeypatch.setattr(cuda_graphs, "capture_cuda", record)
     return AnyFlowFARTransformer3DModel(**CONFIG, backend="torch").eval().requires_grad_(False)
 
 
@@ -51,7 +54,6 @@ def rollout(model: Any, text: torch.Tensor, graphs: bool, steps: int = 4, height
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(batch, 5, 4, height, 8, generator=generator)
     cache = FarCache.for_model(model, partition, height, 8, batch)
-    cache.graphs = StepGraphs(record)
     count = 0
     for i, frames in enumerate(partition):
         start = sum(partition[:i])
@@ -76,9 +78,86 @@ def test_replayed_rollout_equals_the_eager_one(model: Any) -> None:
     assert (graphs.captures, graphs.replays) == (3, 9)  # per chunk: one eager step, one capture, three replays
 
 
-def test_one_step_per_chunk_captures_nothing(model: Any) -> None:
-    _, graphs = rollout(model, torch.randn(1, 5, 8), graphs=True, steps=1)
-    assert (graphs.captures, graphs.replays) == (0, 0)
+def test_one_step_per_chunk_is_captured_by_the_second_rollout(model: Any) -> None:
+    text = torch.randn(1, 5, 8)
+    eager, _ = rollout(model, text, graphs=False, steps=1)
+    for counts in ((0, 0), (3, 3), (3, 6)):
+        replayed, graphs = rollout(model, text, graphs=True, steps=1)
+        assert torch.equal(replayed, eager) and (graphs.captures, graphs.replays) == counts
+
+
+def test_later_rollouts_replay_what_the_first_captured(model: Any) -> None:
+    """Under any prompt: its keys are copied to where the captured steps read them."""
+    for rollouts in (1, 2, 3):
+        text = torch.randn(1, 5, 8)
+        eager, _ = rollout(model, text, graphs=False)
+        replayed, graphs = rollout(model, text, graphs=True)
+        assert torch.equal(replayed, eager)
+        assert (graphs.captures, graphs.replays) == (3, 9 + 12 * (rollouts - 1))
+
+
+def test_rollouts_at_the_same_time_share_nothing(model: Any) -> None:
+    model.cuda_graphs = True
+    first = FarCache.for_model(model, [2, 2], 8, 8)
+    second = FarCache.for_model(model, [2, 2], 8, 8)
+    assert first.slabs[0][0].data_ptr() != second.slabs[0][0].data_ptr() and first.graphs is not second.graphs
+
+
+def test_no_memory_waits_while_another_rollout_is_under_way(model: Any) -> None:
+    """A loop that makes the next cache before it drops the last must not hold a third one."""
+    model.cuda_graphs = True
+    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    for _ in range(3):
+        cache = FarCache.for_model(model, [1], 8, 8)
+        model(x, time, time, text, [1], kv_cache=cache)
+        assert not model.idle_workspaces._idle
+    del cache
+    assert len(model.idle_workspaces._idle) == 1
+
+
+@pytest.mark.parametrize("change", ["nothing", "weights", "size", "batch", "released", "graphs off", "inference mode"])
+def test_memory_is_left_only_to_a_rollout_it_fits(model: Any, change: str) -> None:
+    """A graph over weights or slabs that have gone would read freed memory."""
+    text = torch.randn(1, 5, 8)
+    rollout(model, text, graphs=True)
+    (idle,) = model.idle_workspaces._idle
+    model.cuda_graphs = change != "graphs off"
+    if change == "weights":
+        weight = model.blocks[1].ffn.net[2].weight
+        weight.data = weight.detach().clone()
+    if change == "released":
+        model.release_memory()
+    height, batch = 12 if change == "size" else 8, 2 if change == "batch" else 1
+    with torch.inference_mode(change == "inference mode"):
+        cache = FarCache.for_model(model, [1, 2, 2], height, 8, batch)
+    assert (cache.workspace is idle) is (change == "nothing")
+
+
+def test_a_larger_slab_forgets_what_was_captured_over_the_old_one(model: Any) -> None:
+    model.cuda_graphs = True
+    cache = FarCache.for_model(model, [1], 8, 8)
+    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    for _ in range(3):
+        model(x, time, time, text, [1], kv_cache=cache)
+    assert cache.graphs.captures == 1
+    model.prefill(cache, x, [1], text)
+    model(x, time, time, text, [1, 1], kv_cache=cache)
+    assert len(cache.graphs) == 1  # the step over the new slabs
+    del cache
+    assert not model.idle_workspaces._idle
+
+
+def test_a_copied_model_keeps_no_memory_of_the_original(model: Any) -> None:
+    rollout(model, torch.randn(1, 5, 8), graphs=True)
+    assert not copy.deepcopy(model).idle_workspaces._idle
+    assert not pickle.loads(pickle.dumps(model.idle_workspaces))._idle
+
+
+def test_another_number_of_prompt_tokens_is_another_graph(model: Any) -> None:
+    for tokens in (5, 9, 5):
+        text = torch.randn(1, tokens, 8)
+        eager, _ = rollout(model, text, graphs=False)
+        assert torch.equal(rollout(model, text, graphs=True)[0], eager)
 
 
 def test_other_prompts_and_sizes_are_other_graphs(model: Any) -> None:
@@ -91,13 +170,12 @@ def test_other_prompts_and_sizes_are_other_graphs(model: Any) -> None:
 def test_a_prompt_changed_within_a_chunk_is_seen(model: Any) -> None:
     model.cuda_graphs = True
     cache = FarCache.for_model(model, [2], 8, 8)
-    cache.graphs = StepGraphs(record)
     x, time = torch.randn(1, 2, 4, 8, 8), torch.full((1, 2), 500.0)
     texts = [torch.randn(1, 5, 8) for _ in range(2)]
     eager = [model(x, time, time, text, [2], kv_cache=FarCache.for_model(model, [2], 8, 8)).sample for text in texts]
     for text, want in [*zip(texts, eager, strict=True)] * 3:
         assert torch.equal(model(x, time, time, text, [2], kv_cache=cache).sample, want)
-    assert cache.graphs.captures == 2
+    assert cache.graphs.captures == 1
 
 
 def test_usable_after_an_exception(model: Any) -> None:
@@ -127,19 +205,19 @@ def test_a_result_survives_the_next_replay() -> None:
 
 
 def test_finished_chunks_are_forgotten() -> None:
-    """An endless rollout meets a new key per chunk: neither graphs nor the prompts in their keys may pile up."""
+    """An endless rollout meets a new key per chunk: graphs may not pile up."""
     graphs, x = StepGraphs(record), torch.ones(2)
-    for chunk in range(20):
+    for chunk in range(40):
         for _ in range(3):
             assert torch.equal(graphs.run(chunk, lambda x, c=chunk: x + c, x), x + chunk)
-    assert len(graphs._captured) == StepGraphs.KEPT and graphs.captures == 20
+    assert len(graphs) == StepGraphs.KEPT and graphs.captures == 40
 
 
 @pytest.mark.parametrize("obstacle", ["nothing", "switched off", "cpu", "gradients", "adapter", "offloaded", "hooked"])
 def test_captured_only_where_weights_stay(obstacle: str) -> None:
     """A replay reads the addresses it was captured with: weights that change or move between steps rule it out."""
     model: Any = AnyFlowFARTransformer3DModel(**CONFIG, backend="torch")
-    latents: Any = SimpleNamespace(is_cuda=obstacle != "cpu")
+    latents: Any = SimpleNamespace(device=torch.device("cpu" if obstacle == "cpu" else "cuda"))
     model.cuda_graphs = obstacle != "switched off"
     if obstacle == "adapter":
         model.peft_config = {"default": object()}
@@ -159,9 +237,12 @@ def test_replayed_rollout_equals_the_eager_one_on_cuda() -> None:
     noise = torch.randn(1, 2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
     time = torch.full((1, 2), 500.0, device="cuda")
     outputs = []
-    for graphs in (False, True):
+    for graphs in (False, True, True):  # the third replays what the second has captured
         model.cuda_graphs = graphs
         cache = FarCache.for_model(model, [2], 8, 8)
         outputs.append([model(noise * k, time, time, text, [2], kv_cache=cache).sample for k in (1, 2, 3)])
-    for eager, replayed in zip(*outputs, strict=True):
-        assert torch.equal(eager, replayed)
+        counts = cache.graphs.captures, cache.graphs.replays
+        del cache  # before the next one is made, which takes its memory over
+    assert counts == (1, 5)
+    for eager, *replayed in zip(*outputs, strict=True):
+        assert all(torch.equal(eager, other) for other in replayed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,12 @@ def test_the_file_can_be_played_while_it_is_made(models, tmp_path, monkeypatch):
     assert not (tmp_path / "o.partial.mp4").exists()
 
 
-def test_ctrl_c_leaves_the_finished_chunks(models, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
+def test_ctrl_c_leaves_the_finished_chunks(overlap, models, tmp_path, monkeypatch, capfd):
     """Video, latents and stats, each as those of the whole video begin."""
     assert generate(models, tmp_path / "whole.mp4") == 0
     fail_at(monkeypatch, 2, KeyboardInterrupt())
-    assert generate(models, tmp_path / "cut.mp4") == 130
+    assert generate(models, tmp_path / "cut.mp4", overlap) == 130
     assert "stopped after chunk 1, 9 generated frames" in capfd.readouterr().out
     cut, whole = read_video(tmp_path / "cut.mp4"), read_video(tmp_path / "whole.mp4")
     assert len(whole) == 17 and len(cut) == 9
@@ -106,8 +108,72 @@ def test_ctrl_c_leaves_the_finished_chunks(models, tmp_path, monkeypatch, capfd)
     stats = json.loads((tmp_path / "cut.json").read_text())
     assert not stats["complete"] and [chunk["chunk"] for chunk in stats["chunks"]] == [0, 1]
     finished = load_file(tmp_path / "cut.safetensors")["latents"]
-    assert finished.shape[2] == 4  # the third chunk was denoised, but not decoded
-    assert torch.equal(finished, load_file(tmp_path / "whole.safetensors")["latents"][:, :, :4])
+    assert finished.shape[2] == (5 if overlap == "--overlap" else 4)  # what was denoised, but not decoded, included
+    assert torch.equal(finished, load_file(tmp_path / "whole.safetensors")["latents"][:, :, : finished.shape[2]])
+
+
+def test_ctrl_c_while_denoising_still_writes_what_is_being_decoded(models, tmp_path, monkeypatch, capfd):
+    latents = ChunkedVideo.latents
+
+    def interrupted(self: ChunkedVideo, *arguments: Any) -> Any:
+        for index, part in enumerate(latents(self, *arguments)):
+            if index == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(ChunkedVideo, "latents", interrupted)
+    assert generate(models, tmp_path / "o.mp4", "--overlap") == 130
+    assert "stopped after chunk 1, 9 generated frames" in capfd.readouterr().out
+    assert len(read_video(tmp_path / "o.mp4")) == 9
+
+
+def test_overlap_decodes_beside_denoising_and_makes_the_same_file(models, tmp_path, monkeypatch):
+    """Chunk i is decoded only once chunk i + 1 is being denoised; latents, frames and order stay, stats are told."""
+    latents, decode = ChunkedVideo.latents, ChunkedVideo.decode
+    pixels: list[torch.Tensor] = []
+
+    def kept_decode(self: ChunkedVideo, chunk: torch.Tensor, index: int) -> torch.Tensor:
+        pixels.append(decode(self, chunk, index))
+        return pixels[-1]
+
+    monkeypatch.setattr(ChunkedVideo, "decode", kept_decode)
+    assert generate(models, tmp_path / "a.mp4") == 0
+    begun, decoded = ([threading.Event() for _ in FRAMES] for _ in range(2))
+
+    def watched_latents(self: ChunkedVideo, *arguments: Any) -> Any:
+        begun[0].set()
+        for index, part in enumerate(latents(self, *arguments)):
+            yield part
+            if index + 1 < len(FRAMES):
+                begun[index + 1].set()
+                assert decoded[index].wait(20)
+
+    def watched_decode(self: ChunkedVideo, chunk: torch.Tensor, index: int) -> torch.Tensor:
+        assert begun[min(index + 1, len(FRAMES) - 1)].wait(20)
+        frames = kept_decode(self, chunk, index)
+        decoded[index].set()
+        return frames
+
+    monkeypatch.setattr(ChunkedVideo, "latents", watched_latents)
+    monkeypatch.setattr(ChunkedVideo, "decode", watched_decode)
+    assert generate(models, tmp_path / "b.mp4", "--overlap") == 0
+    a, b = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in "ab")
+    assert torch.equal(a, b) and len(read_video(tmp_path / "b.mp4")) == sum(FRAMES)
+    # Not to the bit: how a convolution is cut up depends on where its memory lies.
+    for alone, beside in zip(pixels[: len(FRAMES)], pixels[len(FRAMES) :], strict=True):
+        assert torch.allclose(alone, beside, atol=1e-4)
+    stats = json.loads((tmp_path / "b.json").read_text())
+    assert stats["settings"]["overlap"] and [chunk["frames"] for chunk in stats["chunks"]] == FRAMES
+    parts = [chunk["decode_seconds"] for chunk in stats["chunks"]]
+    assert min(parts) > 0 and abs(sum(parts) - stats["seconds"]["decode"]) < 1e-6
+
+
+@pytest.mark.parametrize("overlap", ["--no-overlap", "--overlap"])
+def test_an_error_in_decoding_names_the_chunk(overlap, models, tmp_path, monkeypatch, capfd):
+    fail_at(monkeypatch, 2, RuntimeError("out of ideas"))
+    assert generate(models, tmp_path / "o.mp4", overlap) == 2
+    assert capfd.readouterr().err == "anyflow generate: error: out of ideas (while decoding chunk 2)\n"
+    assert len(read_video(tmp_path / "o.mp4")) == 9
 
 
 def test_ctrl_c_before_the_first_chunk_leaves_no_file(models, tmp_path, monkeypatch, capfd):
@@ -183,6 +249,8 @@ def test_offloading_gives_the_same_video(models, tmp_path):
 @pytest.mark.parametrize(
     ("model", "component", "weight", "named"),
     [
+        ("far", "text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder.encoder.block.0."),
+        ("bidirectional", "text_encoder", "encoder.final_layer_norm.weight", "text_encoder.encoder.final_layer_norm"),
         ("far", "transformer", "blocks.0.attn1.to_q.weight", "transformer.model.blocks.0."),
         ("far", "vae", "decoder.conv_in.weight", "decoder.decoder.conv_in.weight"),
         ("bidirectional", "transformer", "blocks.0.attn1.to_q.weight", "transformer.blocks.0."),
@@ -204,3 +272,19 @@ def test_check_finite_names_the_weight(model, component, weight, named, models, 
     error = capfd.readouterr().err
     assert f"weight {named}" in error and "1 NaN and 0 infinite" in error and error.count("\n") == 1
     assert not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+def test_check_finite_names_the_embedding(name, models, tmp_path, capfd):
+    embeds = {key: torch.zeros(4, 16) for key in ("prompt_embeds", "negative_prompt_embeds")}
+    embeds[name][1, 2] = float("inf")
+    save_file(embeds, tmp_path / "e.safetensors")
+    arguments = ["--model", str(models / "far"), "--out", str(tmp_path / "o.mp4"), "--guidance", "2", "--check-finite"]
+    assert main(["generate", *VIDEO[1:], *arguments, "--prompt-embeds", str(tmp_path / "e.safetensors")]) == 2
+    assert f"error: {name}: 0 NaN and 1 infinite of 64 values, the first at (0, 1, 2)" in capfd.readouterr().err
+
+
+def test_overlap_without_chunks_is_refused(models, tmp_path, capfd):
+    arguments = ["--model", str(models / "bidirectional"), "--out", str(tmp_path / "o.mp4"), "--overlap"]
+    assert main(["generate", "a cat", *arguments]) == 2
+    assert "--overlap: got with AnyFlowPipeline" in capfd.readouterr().err

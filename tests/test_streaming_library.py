@@ -277,9 +277,9 @@ def test_preset_is_one_printable_hashable_tree(name):
     assert sum(config.diffusion_model.transformer.chunk_partition) == 21
 
 
-def test_presets_are_the_four_released_checkpoints():
-    assert set(PRESETS) == set(NAMES)
-    with pytest.raises(KeyError, match="unknown preset 'wan', expected one of anyflow-far"):
+def test_presets_are_the_four_released_checkpoints_and_the_demo():
+    assert set(PRESETS) == {*NAMES, "anyflow-demo"}
+    with pytest.raises(KeyError, match="unknown preset 'wan', expected one of anyflow-demo, anyflow-far"):
         preset("wan")
 
 

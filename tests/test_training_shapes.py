@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from anyflow_runtime.training.demo_model import demo_text_encoder
 from anyflow_runtime.training.shapes import (
     AMPLITUDE,
     BACKGROUNDS,
@@ -18,7 +19,6 @@ from anyflow_runtime.training.shapes import (
     Scene,
     ShapesDataset,
     coverage,
-    encode_caption,
     parse_caption,
     render,
 )
@@ -55,9 +55,10 @@ def test_a_ninth_of_the_scenes_is_held_out() -> None:
 
 
 def test_captions_parse_back() -> None:
+    encoder = demo_text_encoder()
     for scene in ShapesDataset(split="all", two_objects=0.5).batch(0, 100).scenes:
         assert parse_caption(scene.caption) == scene
-        assert [VOCABULARY[i] for i in encode_caption(scene.caption) if i] == scene.caption.split()
+        assert [VOCABULARY[i] for i in encoder.tokens(scene.caption) if i] == scene.caption.split()
 
 
 @pytest.mark.parametrize(
@@ -86,11 +87,6 @@ def test_adverb_may_stand_anywhere(caption: str) -> None:
 def test_wrong_captions_are_explained(caption: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_caption(caption)
-
-
-def test_empty_caption_encodes_to_padding() -> None:
-    """It is the negative prompt of the demo."""
-    assert set(encode_caption("")) == {0}
 
 
 def test_motion_is_straight_constant_and_as_captioned() -> None:
@@ -236,7 +232,6 @@ def test_continuation_error_counts_the_new_frames_only() -> None:
         (lambda: ShapesDataset().batch(-1, 2), "index: got -1"),
         (lambda: ShapesDataset().batch(0, 0), "size: got 0"),
         (lambda: MovingShape("red", "star", "up"), "shape: got 'star'"),
-        (lambda: encode_caption("a red star"), r"got \['star'\]"),
         (lambda: measure(torch.zeros(2, 7, 1, 16, 16), []), "videos: got shape"),
         (lambda: measure(torch.zeros(2, 7, 3, 16, 16), []), "scenes: got 0"),
     ],

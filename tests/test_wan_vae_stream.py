@@ -263,28 +263,6 @@ def test_folded_upsampling_equals_upsample_then_convolve(height, width, bias):
     torch.testing.assert_close(UpsampleConv(conv)(x), ref.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("height, width", [(7, 9), (4, 8), (3, 3)])
-def test_tiles_equal_diffusers_tiled_decode(kind, height, width):
-    vae = make_vae(kind)
-    side = 16 if kind == "wan22" else 8
-    tiling = {"tile_sample_min_height": 4 * side, "tile_sample_min_width": 4 * side}
-    tiling |= {"tile_sample_stride_height": 3 * side, "tile_sample_stride_width": 3 * side}
-    vae.enable_tiling(**tiling)
-    z = latents(3, 1, height, width)
-    ref = diffusers_decode(vae, z)
-    config = WanVAEStreamDecoderConfig(tile_size=4 * side, tile_stride=3 * side, latent_frames_per_pass=2)
-    decoder = config.setup(vae=vae)
-    assert error(stream(decoder, z.split((1, 2), dim=1)), ref) < 2e-5
-
-
-def test_tiles_that_do_not_fit_the_latent_grid_are_refused(vae):
-    with pytest.raises(ValueError, match="tile_size: expected a multiple of"):
-        WanVAEStreamDecoderConfig(tile_size=100, tile_stride=50).setup(vae=vae)
-    with pytest.raises(ValueError, match="tile_stride: expected 1 to tile_size"):
-        WanVAEStreamDecoderConfig(tile_size=64, tile_stride=96)
-
-
 def test_one_pass_compiles_without_a_graph_break(vae):
     decoder = WanVAEStreamDecoderConfig().setup(vae=vae)
     ref = decoder(latents(3))

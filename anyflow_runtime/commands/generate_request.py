@@ -19,8 +19,6 @@ from . import UsageError
 from .arguments import resolve_device
 from .model_directory import ModelDirectory, read_model_directory
 
-TEMPORAL_RATIO = 4  # frames per latent frame, after the first
-SIZE_MULTIPLE = 16  # of the VAE (8) and a patch (2)
 OUTPUTS = (".mp4", ".gif", ".png")
 _DEFAULT_FRAMES = 81
 
@@ -36,6 +34,8 @@ class GenerateRequest:
         chunks: latent frames per chunk, or None for a model that is not causal.
         frames: of the video, context included.
         size: height and width in pixels.
+        overlap: decode chunks while later ones are denoised.
+        zoom: side of the square that the file shows for each pixel.
     """
 
     model: ModelDirectory
@@ -57,13 +57,15 @@ class GenerateRequest:
     compile: bool
     out: Path
     fps: int
+    zoom: int
     stats: Path | None
     save_latents: Path | None
     check_finite: bool
+    overlap: bool
 
     @property
     def latent_frames(self) -> int:
-        return (self.frames - 1) // TEMPORAL_RATIO + 1
+        return (self.frames - 1) // self.model.temporal_ratio + 1
 
 
 def check_request(args: argparse.Namespace) -> GenerateRequest:
@@ -85,16 +87,16 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
     model = read_model_directory(args.model, text=args.prompt_embeds is None)
     if args.match_diffusers_padding and not model.causal:
         raise UsageError(f"--match-diffusers-padding: got with {model.pipeline}, expected a causal (FAR) model")
-    size = args.size
-    if any(side % SIZE_MULTIPLE for side in size):
-        raise UsageError(f"--size: got {size[0]}x{size[1]}, expected multiples of {SIZE_MULTIPLE}")
+    size = args.size or model.default_size
+    if any(side % model.size_multiple for side in size):
+        raise UsageError(f"--size: got {size[0]}x{size[1]}, expected multiples of {model.size_multiple}")
     frames, chunks = _frames_and_chunks(args, model)
     return GenerateRequest(
         model=model,
         prompt=prompt,
         negative_prompt=args.negative_prompt,
         embeds=_embeds(args, model),
-        context=_context(args, frames, chunks),
+        context=_context(args, frames, chunks, size, model.temporal_ratio),
         chunks=chunks,
         frames=frames,
         size=size,
@@ -108,15 +110,23 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
         offload=args.offload,
         compile=args.compile,
         out=out,
-        fps=args.fps,
+        fps=args.fps or model.default_fps,
+        zoom=args.zoom or model.default_zoom,
         stats=Path(args.stats) if args.stats else None,
         save_latents=Path(args.save_latents) if args.save_latents else None,
         check_finite=args.check_finite,
+        overlap=_overlap(args.overlap, model, device),
     )
 
 
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+
+
+def _overlap(asked: bool | None, model: ModelDirectory, device: torch.device) -> bool:
+    if asked and not model.causal:
+        raise UsageError(f"--overlap: got with {model.pipeline}, which has no chunks; expected a causal (FAR) model")
+    return model.causal and (device.type == "cuda" if asked is None else asked)
 
 
 def _check_writable(name: str, path: str | None) -> None:
@@ -190,14 +200,13 @@ def _frames_and_chunks(args: argparse.Namespace, model: ModelDirectory) -> tuple
     """Frames of the video and its chunks. What is not given follows from the other, or from the model."""
     if args.chunks is not None and not model.causal:
         raise UsageError(f"--chunks: got with {model.pipeline}, which has none; expected a causal (FAR) model")
-    own = model.chunk_partition
-    default = sum(args.chunks or own) * TEMPORAL_RATIO - TEMPORAL_RATIO + 1 if args.chunks or own else _DEFAULT_FRAMES
-    frames = args.frames or default
-    if (frames - 1) % TEMPORAL_RATIO:
-        raise UsageError(f"--frames: got {frames}, expected 4n + 1, such as {frames - (frames - 1) % TEMPORAL_RATIO}")
+    own, ratio = model.chunk_partition, model.temporal_ratio
+    frames = args.frames or ((sum(args.chunks or own) - 1) * ratio + 1 if args.chunks or own else _DEFAULT_FRAMES)
+    if (frames - 1) % ratio:
+        raise UsageError(f"--frames: got {frames}, expected {ratio}n + 1, such as {frames - (frames - 1) % ratio}")
     if not model.causal:
         return frames, None
-    latent_frames = (frames - 1) // TEMPORAL_RATIO + 1
+    latent_frames = (frames - 1) // ratio + 1
     if args.chunks is not None:
         total = sum(args.chunks)
         if total != latent_frames:
@@ -223,7 +232,9 @@ def _leading(partition: tuple[int, ...], frames: int) -> tuple[int, ...]:
     return tuple(chunks)
 
 
-def _context(args: argparse.Namespace, frames: int, chunks: tuple[int, ...] | None) -> Tensor | None:
+def _context(
+    args: argparse.Namespace, frames: int, chunks: tuple[int, ...] | None, size: tuple[int, int], ratio: int
+) -> Tensor | None:
     """The given frames, (1, T, 3, H, W) in [0, 1]."""
     if args.context_frames is not None and args.video is None:
         raise UsageError("--context-frames: got without --video, of which it takes the first frames")
@@ -233,11 +244,11 @@ def _context(args: argparse.Namespace, frames: int, chunks: tuple[int, ...] | No
     if not Path(path).is_file():
         raise UsageError(f"{name}: no file {path}")
     if args.image is not None:
-        context = read_image(path, args.size)[None]
+        context = read_image(path, size)[None]
     else:
-        context = _read_video(path, args.context_frames, frames, args.size)
+        context = _read_video(path, args.context_frames, frames, size)
     count = len(context)
-    allowed = [n for n in _context_lengths(frames, chunks) if n < frames]
+    allowed = [n for n in _context_lengths(frames, chunks, ratio) if n < frames]
     if count not in allowed:
         cure = " (--context-frames takes the first ones of a longer video)" if args.video is not None else ""
         got = f"{count}{' or more' if count == frames else ''} frames"
@@ -245,7 +256,7 @@ def _context(args: argparse.Namespace, frames: int, chunks: tuple[int, ...] | No
         lengths = ", ".join(map(str, allowed)) or "none"
         raise UsageError(
             f"{name}: got {got} as context of {which}, expected one of: {lengths}{cure}; "
-            + ("context ends with a chunk" if chunks else "context is 4n + 1 frames")
+            + ("context ends with a chunk" if chunks else f"context is {ratio}n + 1 frames")
             + " and is shorter than the video"
         )
     return context[None]
@@ -261,7 +272,7 @@ def _read_video(path: str, wanted: int | None, frames: int, size: tuple[int, int
         return read_video(path, None, size)
 
 
-def _context_lengths(frames: int, chunks: tuple[int, ...] | None) -> list[int]:
+def _context_lengths(frames: int, chunks: tuple[int, ...] | None, ratio: int) -> list[int]:
     """Frames that end where a latent frame does, and for a causal model where a chunk does."""
-    ends = accumulate(chunks) if chunks else range(1, (frames - 1) // TEMPORAL_RATIO + 2)
-    return [(end - 1) * TEMPORAL_RATIO + 1 for end in ends]
+    ends = accumulate(chunks) if chunks else range(1, (frames - 1) // ratio + 2)
+    return [(end - 1) * ratio + 1 for end in ends]

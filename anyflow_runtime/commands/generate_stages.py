@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ..acceleration import accelerate
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from ..streaming.errors import check_finite, check_finite_weights
 from . import UsageError
 from .generate_request import GenerateRequest
 from .model_directory import TEXT_COMPONENTS, ModelDirectory
+from .pixel_pipe import PixelPipe
 
 MAX_PROMPT_TOKENS = 512  # of the released models
 
@@ -51,7 +53,8 @@ def load_pipeline(
     compile: bool = False,
     offload: bool = False,
 ) -> Any:
-    """The diffusers pipeline of a directory on our transformer, whose weights go straight to the device.
+    """The diffusers pipeline of a directory on our transformer, whose weights go straight to the device; for a pixel
+    model, which is none of diffusers' own, a `PixelPipe`.
 
     Args:
         model: the directory.
@@ -63,6 +66,15 @@ def load_pipeline(
     Raises:
         UsageError: if diffusers is missing or the directory does not load.
     """
+    if model.pixels is not None:
+        if offload:
+            raise UsageError(f"--offload: got with {model.path}, expected a model in diffusers' format")
+        try:
+            small = PixelPipe(model.path, device, dtype, backend)
+        except Exception as error:  # whatever a library makes of a damaged file
+            raise UsageError(f"--model: {model.path} does not load: {type(error).__name__}: {error}") from error
+        accelerate(small.transformer, match_diffusers_padding=match_diffusers_padding, compile=compile)
+        return small
     try:
         import diffusers
     except ImportError as error:
@@ -117,6 +129,15 @@ def encode_text(pipe: Any, request: GenerateRequest) -> tuple[Tensor, Tensor | N
         max_sequence_length=MAX_PROMPT_TOKENS,
         device=request.device,
     )
+
+
+def check_text(pipe: Any, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None) -> None:
+    """Raise NonFiniteError, naming the first weight of the text encoder or embedding that is not finite."""
+    if pipe.text_encoder is not None:  # embeddings were given
+        check_finite_weights("text_encoder", pipe.text_encoder)
+    check_finite("prompt_embeds", prompt_embeds)
+    if negative_prompt_embeds is not None:
+        check_finite("negative_prompt_embeds", negative_prompt_embeds)
 
 
 @torch.no_grad()

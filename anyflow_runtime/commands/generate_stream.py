@@ -6,17 +6,22 @@ makes with the same seed, and the frames those of decoding them all at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..decoders.async_decoder import AsyncDecoder, decode_behind
+from ..decoders.base import StreamingVideoDecoder
 from ..decoders.wan_vae import WanVAEStreamDecoder, WanVAEStreamDecoderConfig
+from ..encoders.base import Encoder
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
+from ..encoders.wan_vae import WanVAEEncoder, WanVAEEncoderConfig
+from ..models import AnyFlowFARTransformer3DModel
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from ..streaming import (
-    AnyFlowFARStream,
+    AnyFlowBidirectionalStreamConfig,
     AnyFlowFARStreamConfig,
     DiffusionModelConfig,
     StreamInferencePipeline,
@@ -25,12 +30,14 @@ from ..streaming import (
 )
 from ..streaming.errors import check_finite, check_finite_weights
 from .generate_request import GenerateRequest
+from .pixel_pipe import PixelPipe
+from .stages import StageClock
 
 
 def streaming_pipeline(
     pipe: Any, steps: int, *, prompts: bool = False, decode: bool = False, finite: bool = False
 ) -> StreamInferencePipeline:
-    """The streaming pipeline on the models of a diffusers `AnyFlowFARPipeline` with our transformer.
+    """The streaming pipeline on the models of a diffusers AnyFlow pipeline with our transformer, causal or not.
 
     Args:
         pipe: as `generate_stages.load_pipeline` returns it.
@@ -39,8 +46,9 @@ def streaming_pipeline(
         decode: give frames, with the VAE of `pipe`; else latents.
         finite: check weights and latents for NaN and infinities.
     """
-    config = AnyFlowFARStreamConfig()
-    text = UMT5TextEncoder(UMT5TextEncoderConfig(), pipe.text_encoder, pipe.tokenizer) if prompts else None
+    causal = isinstance(pipe.transformer, AnyFlowFARTransformer3DModel)
+    config = AnyFlowFARStreamConfig() if causal else AnyFlowBidirectionalStreamConfig()
+    text = text_encoder_of(pipe) if prompts else None
     scheduler = FlowMapEulerSchedulerConfig(
         num_inference_steps=steps,
         shift=pipe.scheduler.config.shift,
@@ -51,13 +59,32 @@ def streaming_pipeline(
             name="generate",
             diffusion_model=DiffusionModelConfig(transformer=config, scheduler=scheduler, check_finite=finite),
         ),
-        transformer=AnyFlowFARStream(config, pipe.transformer, text),
-        decoder=WanVAEStreamDecoder(WanVAEStreamDecoderConfig(), pipe.vae) if decode else None,
+        transformer=config.setup(model=pipe.transformer, context_encoder=text),
+        decoder=decoder_of(pipe) if decode else None,
     )
 
 
+def text_encoder_of(pipe: Any) -> Encoder:
+    """The text encoder of a loaded pipeline as a streaming transformer takes it."""
+    if isinstance(pipe, PixelPipe):
+        return pipe.text_encoder
+    return UMT5TextEncoder(UMT5TextEncoderConfig(), pipe.text_encoder, pipe.tokenizer)
+
+
+def decoder_of(pipe: Any) -> StreamingVideoDecoder:
+    """A streaming decoder on the weights of a loaded pipeline."""
+    return pipe.decoder() if isinstance(pipe, PixelPipe) else WanVAEStreamDecoder(WanVAEStreamDecoderConfig(), pipe.vae)
+
+
+def encoder_of(pipe: Any) -> torch.nn.Module:
+    """An encoder of video in [0, 1] on the weights of a loaded pipeline."""
+    if isinstance(pipe, PixelPipe):
+        return pipe.encoder
+    return WanVAEEncoder(WanVAEEncoderConfig(pixel_range="unit"), pipe.vae)
+
+
 class ChunkedVideo:
-    """The video of a request, in two steps per chunk so that each can be timed.
+    """The video of a request, in two steps per chunk so that each can be timed, and one may run beside the other.
 
     With offloading the transformer and the VAE's decoder share the GPU while chunks are made: the decoder is small, and
     fetching the transformer once per chunk would take longer than denoising.
@@ -72,7 +99,7 @@ class ChunkedVideo:
         if request.offload:
             pipe.transformer._hf_hook.pre_forward(pipe.transformer)
         self._pipeline = streaming_pipeline(pipe, request.steps, finite=request.check_finite)
-        self._decoder = WanVAEStreamDecoder(WanVAEStreamDecoderConfig(), pipe.vae).to(request.device)
+        self._decoder = decoder_of(pipe).to(request.device)
         self._decoder_cache = self._decoder.initialize_autoregressive_cache()
         if request.check_finite:
             check_finite_weights("decoder", self._decoder)
@@ -106,6 +133,44 @@ class ChunkedVideo:
             width=width,
             context_latents=context_latents,
         )
+
+    def frames(
+        self, parts: Iterator[Tensor], clock: StageClock, finished: list[Tensor]
+    ) -> Generator[tuple[Tensor, dict[str, float]], None, None]:
+        """Decode chunks of latents, with `--overlap` each while the next is denoised.
+
+        If something fails, or Ctrl-C is pressed, the chunk that is being decoded still comes first.
+
+        Args:
+            parts: of `latents`.
+            clock: counts what denoising and decoding take.
+            finished: takes the latents of every chunk once they are denoised.
+        Yields:
+            Frames (T, 3, H, W) in [-1, 1] of the next chunk, and its seconds of "denoise" and "decode".
+        """
+        overlap = self._request.overlap
+        spent: list[float] = []
+
+        def denoised() -> Generator[Tensor, None, None]:
+            while True:
+                before = clock.seconds.get("denoise", 0.0)
+                with clock("denoise"):
+                    latents = next(parts, None)
+                if latents is None:
+                    return
+                spent.append(clock.seconds["denoise"] - before)
+                finished.append(latents)
+                yield latents
+
+        def decode(input: Tensor, autoregressive_index: int, cache: Any) -> Tensor:
+            return self.decode(input, autoregressive_index)
+
+        with AsyncDecoder(decode, worker=overlap) as background:
+            pending = decode_behind(denoised(), background.submit, behind=int(overlap), after=BaseException)
+            for index, chunk in enumerate(pending):
+                frames = chunk.on_host()
+                clock.add("decode", chunk.seconds())
+                yield frames, {"denoise": spent[index], "decode": chunk.seconds()}
 
     def decode(self, latents: Tensor, index: int) -> Tensor:
         """Frames (T, 3, H, W) in [-1, 1] of the next chunk."""

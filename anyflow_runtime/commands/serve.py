@@ -1,8 +1,9 @@
 """Open the live view: a page on localhost that shows frames while the model makes them.
 
-Type a prompt and watch; prompt and steps may change from chunk to chunk. One video is made at a time, further ones wait
-in a queue. The model is a causal (FAR) pipeline directory in diffusers' format. Anyone who can reach the address can
-use the page, so think before you bind to another one than localhost.
+Type a prompt and watch; prompt, steps and guidance may change from chunk to chunk, and a video may begin with a picture
+or clip of yours. One video is made at a time, further ones wait in a queue. The model is a pipeline directory in
+diffusers' format; a bidirectional one makes the whole video before the first frame is shown. Anyone who can reach the
+address can use the page, so think before you bind to another one than localhost.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError
-from .arguments import BACKENDS, dtype_name, frame_size, resolve_device, whole_number
+from .arguments import BACKENDS, dtype_name, frame_size, guidance_scale, resolve_device, whole_number
 
 if TYPE_CHECKING:
     from ..serving.limits import Limits
+    from .model_directory import ModelDirectory
 
 MAX_CONNECTIONS = 64
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
@@ -24,7 +26,9 @@ _ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = whole_number(1)
-    parser.add_argument("--model", required=True, metavar="DIR", help="causal pipeline directory, diffusers' format")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help='pipeline directory in diffusers\' format, or "demo"'
+    )
 
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to bind to; default 127.0.0.1, this machine only")
@@ -41,15 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--max-waiting", type=whole_number(0), default=8, metavar="N", help="videos in the queue; default 8"
     )
+    server.add_argument(
+        "--max-upload", type=whole, default=32, metavar="MIB", help="of a picture or clip to begin with; default 32"
+    )
 
     video = parser.add_argument_group("video")
-    video.add_argument("--size", type=frame_size, default=(480, 832), metavar="HxW", help="at first; default 480x832")
+    video.add_argument(
+        "--size", type=frame_size, metavar="HxW", help="at first; default 480x832, or what the model says"
+    )
     video.add_argument("--max-size", type=frame_size, metavar="HxW", help="largest sides; default: that of --size")
-    video.add_argument("--frames", type=whole, default=81, metavar="N", help="at first, 4n + 1; default 81")
+    video.add_argument("--frames", type=whole, metavar="N", help="at first, 4n + 1; default 81, demo: its own")
     video.add_argument("--max-frames", type=whole, default=241, metavar="N", help="longest video; default 241")
     video.add_argument("--steps", type=whole, default=4, metavar="N", help="denoising steps at first; default 4")
     video.add_argument("--max-steps", type=whole, default=16, metavar="N", help="default 16")
-    video.add_argument("--fps", type=whole, default=16, metavar="N", help="frames per second; default 16")
+    video.add_argument(
+        "--guidance", type=guidance_scale, default=1.0, metavar="X", help="at first; default 1, which is off"
+    )
+    video.add_argument("--fps", type=whole, metavar="N", help="frames per second; default 16, or what the model says")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
@@ -69,12 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
     from .model_directory import read_model_directory
 
-    limits = _limits(args)
     device = resolve_device(args.device)
     load_ops(args.backend)  # raises, with the reason, if it cannot run here
     model = read_model_directory(args.model)
-    if not model.causal:
-        raise UsageError(f"--model: {model.path} holds {model.pipeline}, expected a causal (FAR) model")
+    limits = _limits(args, model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     # Before the model: an address in use should not cost the minutes of loading it.
     with _bound(args.host, args.port) as listener:
@@ -104,20 +114,22 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
     from ..serving.guard import LOOPBACK
     from ..serving.videos import VideoStore
     from .generate_stages import load_pipeline
-    from .generate_stream import streaming_pipeline
+    from .generate_stream import encoder_of, streaming_pipeline
 
     pipe = load_pipeline(model, device=device, dtype=dtype, backend=args.backend, compile=args.compile)
     pipeline = streaming_pipeline(pipe, args.steps, prompts=True, decode=True)
     videos = VideoStore()
-    engine = StreamEngine(pipeline, videos, limits)
+    engine = StreamEngine(pipeline, videos, limits, encoder_of(pipe), model.default_zoom)
     own_names = () if args.host in _ANY_ADDRESS else (args.host,)
     return create_app(engine.run, engine.partition, videos, limits, (*LOOPBACK, *own_names, *args.allow_host))
 
 
-def _limits(args: argparse.Namespace) -> Limits:
+def _limits(args: argparse.Namespace, model: ModelDirectory) -> Limits:
     from ..serving.limits import Limits, RequestError
 
-    height, width = args.max_size or args.size
+    size = args.size or model.default_size
+    height, width = args.max_size or size
+    own = sum(model.chunk_partition) if model.pixels is not None else 21
     try:
         return Limits(
             max_height=height,
@@ -125,11 +137,15 @@ def _limits(args: argparse.Namespace) -> Limits:
             max_frames=args.max_frames,
             max_steps=args.max_steps,
             max_waiting=args.max_waiting,
-            height=args.size[0],
-            width=args.size[1],
-            frames=args.frames,
+            max_upload=args.max_upload * 2**20,
+            height=size[0],
+            width=size[1],
+            frames=args.frames or (own - 1) * model.temporal_ratio + 1,
             steps=args.steps,
-            fps=args.fps,
+            guidance=args.guidance,
+            fps=args.fps or model.default_fps,
+            temporal_ratio=model.temporal_ratio,
+            size_multiple=model.size_multiple,
         )
     except RequestError as error:
         raise UsageError(f"--size, --frames, --steps and their --max-...: {error}") from error

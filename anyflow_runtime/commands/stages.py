@@ -11,7 +11,8 @@ import torch
 
 
 class StageClock:
-    """Adds up wall seconds per stage, in the order the stages first ran. On CUDA a stage ends when its kernels have.
+    """Adds up wall seconds per stage, in the order the stages first ran. On CUDA a stage ends when its kernels have,
+    those of the current stream.
 
     Attributes:
         seconds: by stage.
@@ -20,6 +21,7 @@ class StageClock:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
         self._device = device
+        self._begin = time.perf_counter()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -29,13 +31,21 @@ class StageClock:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + self.now() - start
+            self.add(stage, self.now() - start)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def now(self) -> float:
-        """A time in seconds at which all work issued so far is done."""
+        """A time in seconds at which all work issued so far is done, but for that of other CUDA streams."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made; less than the sum of stages that ran side by side."""
+        return self.now() - self._begin
 
     def peak_memory(self) -> dict[str, int]:
         """Bytes: `process` resident at its peak, where the system tells, and on CUDA `device` allocated at its peak."""

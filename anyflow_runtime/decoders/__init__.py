@@ -20,6 +20,7 @@ _EXPORTS = {
     "WanVAEStreamDecoder": "wan_vae",
     "WanVAEStreamDecoderCache": "wan_vae",
     "WanVAEStreamDecoderConfig": "wan_vae",
+    "decode_behind": "async_decoder",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -1,68 +1,181 @@
 """Decode chunk i while chunk i + 1 is being denoised.
 
 On CUDA the decoder runs on a stream of its own, ordered after the work that made the latents.  Elsewhere it runs at
-once: a worker thread would take its cores from the denoiser.
+once, or if asked on a thread of its own, which takes its cores from the denoiser.
 """
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import StreamingDecoder
+from ..streaming.errors import noting
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """Frames, when their decoding began and ended, and the stream it ran on; seconds and None but on CUDA."""
+
+    frames: Tensor
+    begin: Any
+    end: Any
+    stream: torch.cuda.Stream | None = None
 
 
 class PendingFrames:
-    """Frames that may still be in the making."""
+    """Frames that may still be in the making. What decoding raised is raised by whatever asks for them."""
 
-    def __init__(self, frames: Tensor, done: torch.cuda.Event | None) -> None:
-        self._frames = frames
-        self._done = done
+    def __init__(self, decoded: Future[_Decoded]) -> None:
+        self._decoded = decoded
 
     def ready(self) -> bool:
-        """Whether `wait` would return without keeping the GPU waiting."""
-        return self._done is None or self._done.query()
+        """Whether `wait` would return without keeping the GPU or the caller waiting."""
+        if not self._decoded.done():
+            return False
+        decoded = self._decoded.result()
+        return decoded.stream is None or decoded.end.query()
 
     def wait(self) -> Tensor:
         """The frames.  The current CUDA stream is made to wait for them, the host is not."""
-        if self._done is not None:
-            current = torch.cuda.current_stream(self._frames.device)
-            current.wait_event(self._done)
+        decoded = self._decoded.result()
+        if decoded.stream is not None:
+            current = torch.cuda.current_stream(decoded.frames.device)
+            current.wait_event(decoded.end)
             # Their memory belongs to the decoder's stream; it must not be reused while this one still reads it.
-            self._frames.record_stream(current)
-        return self._frames
+            decoded.frames.record_stream(current)
+        return decoded.frames
+
+    def on_host(self) -> Tensor:
+        """The frames in host memory.  It waits for their decoding only, not for the current CUDA stream."""
+        decoded = self._decoded.result()
+        if decoded.stream is None:
+            return decoded.frames
+        with torch.cuda.stream(decoded.stream):
+            return decoded.frames.cpu()
+
+    def seconds(self) -> float:
+        """How long decoding took, once it is done.  Work that ran beside it has slowed it down."""
+        decoded = self._decoded.result()
+        if decoded.stream is None:
+            return decoded.end - decoded.begin
+        decoded.end.synchronize()
+        return decoded.begin.elapsed_time(decoded.end) / 1e3
 
 
 class AsyncDecoder:
     """Submits chunks to a streaming decoder; chunks are decoded in the order they are submitted.
 
+    A context manager: leaving it waits for what is under way and drops what has not begun.
+
     Args:
-        decoder: any `StreamingDecoder`.  While chunks are pending, nothing else may use the cache given with them.
+        decoder: any `StreamingDecoder`, or a function with its keywords.  While chunks are pending, nothing else may
+            use the cache given with them.
+        worker: decode latents that are not on a GPU in a thread, instead of at once.
     """
 
-    def __init__(self, decoder: StreamingDecoder) -> None:
+    def __init__(self, decoder: Callable[..., Tensor], worker: bool = False) -> None:
         self.decoder = decoder
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="anyflow-decoder") if worker else None
 
     def submit(self, input: Tensor, autoregressive_index: int = 0, cache: Any = None) -> PendingFrames:
-        """Start decoding a chunk; arguments, and errors raised here, are those of the decoder.
+        """Start decoding a chunk; arguments and errors are those of the decoder, the chunk named in a note.
 
-        The latents may be dropped at once, but must not be written to before the frames are ready.
+        Errors are raised here, those of the thread by what is returned.  The latents may be dropped at once, but must
+        not be written to before the frames are ready.
         """
-        if not input.is_cuda:
-            return PendingFrames(self._decode(input, autoregressive_index, cache), None)
+        if input.is_cuda:
+            return _finished(self._on_stream(input, autoregressive_index, cache))
+        if self._worker is None:
+            return _finished(self._timed(input, autoregressive_index, cache))
+        return PendingFrames(self._worker.submit(self._timed, input, autoregressive_index, cache))
+
+    def close(self) -> None:
+        """Wait for the chunk under way and drop those behind it; on CUDA the current stream waits, not the host."""
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def __enter__(self) -> AsyncDecoder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _on_stream(self, input: Tensor, index: int, cache: Any) -> _Decoded:
         if input.device not in self._streams:
             self._streams[input.device] = torch.cuda.Stream(input.device)
         stream = self._streams[input.device]
         stream.wait_stream(torch.cuda.current_stream(input.device))
-        with torch.cuda.stream(stream):
-            frames = self._decode(input, autoregressive_index, cache)
-            done = torch.cuda.Event()
-            done.record(stream)
-        input.record_stream(stream)
-        return PendingFrames(frames, done)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        try:
+            with torch.cuda.stream(stream):
+                begin.record(stream)
+                frames = self._decode(input, index, cache)
+                end.record(stream)
+        finally:
+            input.record_stream(stream)
+        return _Decoded(frames, begin, end, stream)
 
-    def _decode(self, input: Tensor, autoregressive_index: int, cache: Any) -> Tensor:
-        return self.decoder(input=input, autoregressive_index=autoregressive_index, cache=cache)
+    def _timed(self, input: Tensor, index: int, cache: Any) -> _Decoded:
+        begin = time.perf_counter()
+        frames = self._decode(input, index, cache)
+        return _Decoded(frames, begin, time.perf_counter())
+
+    def _decode(self, input: Tensor, index: int, cache: Any) -> Tensor:
+        with noting(f"while decoding chunk {index}"):
+            return self.decoder(input=input, autoregressive_index=index, cache=cache)
+
+
+def decode_behind(
+    chunks: Generator[Tensor, Any, None],
+    submit: Callable[[Tensor, int], PendingFrames],
+    *,
+    behind: int = 1,
+    from_first: bool = True,
+    after: type[BaseException] = Exception,
+) -> Generator[PendingFrames, Any, None]:
+    """The frames of chunks of latents, in order, each handed over when `behind` later chunks have been submitted.
+
+    If making or submitting a chunk fails, the frames of those before it still come first, then the error.
+
+    Args:
+        chunks: makes the latents; what is sent to this generator is sent on to it.
+        submit: of an `AsyncDecoder`; given the latents and the index.
+        behind: 0 hands every chunk over before the next is made.
+        from_first: False hands the first chunk over at once, so that a picture is there early.
+        after: errors that the frames under way come before; others are raised at once.
+    """
+    pending: deque[PendingFrames] = deque()
+    failure: BaseException | None = None
+    sent = None
+    for index in count():
+        try:
+            pending.append(submit(chunks.send(sent), index))
+        except StopIteration:
+            break
+        except after as error:
+            failure = error
+            break
+        sent = None
+        if len(pending) > behind or not (index or from_first):
+            sent = yield pending.popleft()
+    while pending:
+        yield pending.popleft()
+    if failure is not None:
+        raise failure
+
+
+def _finished(decoded: _Decoded) -> PendingFrames:
+    future: Future[_Decoded] = Future()
+    future.set_result(decoded)
+    return PendingFrames(future)

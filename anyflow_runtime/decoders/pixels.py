@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encoders.pixels import check_range
 from ..encoders.wan_loading import check_frames
 from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
 
@@ -19,18 +21,21 @@ class PixelDecoderConfig(DecoderConfig):
     Args:
         channels: of the video.
         block: side of the square of pixels that one latent's `channels * block**2` channels hold.
+        latent_range: values of latents that are black and white.
     Raises:
-        ValueError: at construction, for counts below one.
+        ValueError: at construction, for counts below one or an empty range.
     """
 
     _target: type[PixelDecoder] = field(default_factory=lambda: PixelDecoder)
     channels: int = 3
     block: int = 1
+    latent_range: Sequence[float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 1 or self.block < 1:
             raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
+        check_range("latent_range", self.latent_range)
 
 
 class PixelDecoder(StreamingVideoDecoder[StreamingDecoderCache]):
@@ -59,4 +64,6 @@ class PixelDecoder(StreamingVideoDecoder[StreamingDecoderCache]):
         """
         check_frames("input", input, self.config.channels * self.config.block**2)
         self.get_output_temporal_size(autoregressive_index, input.shape[-4])
-        return F.pixel_shuffle(input, self.config.block).clamp(-1.0, 1.0)
+        black, white = self.config.latent_range
+        centre, half = (white + black) / 2, (white - black) / 2
+        return F.pixel_shuffle((input - centre) / half, self.config.block).clamp(-1.0, 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoders.causal_time import StreamOrderError
+from ..encoders.tiles import History, Tiling, check_tiles, latent_tiles
 from ..encoders.wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
 from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
 from .wan_blocks import decode_frames, upsample_convs
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-
-History = list[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +52,7 @@ class WanVAEStreamDecoderConfig(DecoderConfig):
         super().__post_init__()
         if self.latent_frames_per_pass < 1:
             raise ValueError(f"latent_frames_per_pass: expected at least 1, got {self.latent_frames_per_pass}")
-        if self.tile_size is not None and not 0 < self.tile_stride <= self.tile_size:
-            raise ValueError(f"tile_stride: expected 1 to tile_size = {self.tile_size}, got {self.tile_stride}")
+        check_tiles(self.tile_size, self.tile_stride)
         if self.compile_mode is not None and self.compile_mode not in COMPILE_MODES:
             raise ValueError(f"compile_mode: expected None or one of {COMPILE_MODES}, got {self.compile_mode!r}")
 
@@ -101,7 +98,7 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         self._patch = vae.config.patch_size or 1
         self._latent_channels = vae.config.z_dim
         self._channels = vae.config.out_channels // self._patch**2
-        self._tile = self._latent_tile()
+        self._tiles = self._tiling()
         self.decoder: Any = owned_half(vae.decoder, config.dtype)
         self.upsample_convs = upsample_convs(self.decoder)
         self.input_weight, self.input_bias = _folded_input(vae)
@@ -109,14 +106,12 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         if config.compile_mode is not None:
             self._pass = torch.compile(self._decode_pass, mode=config.compile_mode, fullgraph=True, dynamic=False)
 
-    def _latent_tile(self) -> tuple[int, int] | None:
-        size, stride = self.config.tile_size, self.config.tile_stride
-        if size is None:
+    def _tiling(self) -> Tiling | None:
+        if self.config.tile_size is None:
             return None
-        for name, value in (("tile_size", size), ("tile_stride", stride)):
-            if value % self._spatial_ratio:
-                raise ValueError(f"{name}: expected a multiple of {self._spatial_ratio} pixels, got {value}")
-        return size // self._spatial_ratio, stride // self._spatial_ratio
+        size, stride = latent_tiles(self.config.tile_size, self.config.tile_stride, self._spatial_ratio)
+        scale = self._spatial_ratio // self._patch
+        return Tiling(size, stride, size * scale, stride * scale)
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -199,35 +194,10 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         self, latents: Tensor, history: list[History] | None, first: bool
     ) -> tuple[Tensor, list[History]]:
         """(B, C, T, h, w) latents -> frames before unpatchify, decoded whole or in blended tiles."""
-        size, stride = self._tile or (0, 0)
-        height, width = latents.shape[-2:]
-        if self._tile is None or (height <= size and width <= size):
-            frames, past = self._pass(latents, None if history is None else history[0], first)
-            return frames, [past]
-
-        scale = self._spatial_ratio // self._patch
-        overlap, step = (size - stride) * scale, stride * scale
-        out: Tensor | None = None
-        kept: list[History] = []
-        above: dict[int, Tensor] = {}  # bottom edges of the row of tiles above, by column
-        beside: Tensor | None = None  # right edge of the tile to the left
-        for top, left in _tile_corners(height, width, stride):
-            part = latents[..., top : top + size, left : left + size]
-            tile, past = self._pass(part, None if history is None else history[len(kept)], first)
-            kept.append(past)
-            if out is None:
-                out = tile.new_empty((*tile.shape[:3], height * scale, width * scale))
-            if left in above:
-                _blend(above[left], tile, dim=-2)
-            if beside is not None and left > 0:
-                _blend(beside, tile, dim=-1)
-            if overlap:
-                # Copies of the edges, so that the tiles themselves can be freed.
-                above[left], beside = tile[..., -overlap:, :].clone(), tile[..., -overlap:].clone()
-            y, x = top * scale, left * scale
-            out[..., y : y + step, x : x + step] = tile[..., :step, :step]
-        assert out is not None
-        return out, kept
+        if self._tiles is not None and not self._tiles.covers(*latents.shape[-2:]):
+            return self._tiles.run(self._pass, latents, history, first)
+        frames, past = self._pass(latents, None if history is None else history[0], first)
+        return frames, [past]
 
     def _write(self, frames: Tensor, video: Tensor) -> None:
         """Clamp (B, C * p * p, T, H, W) into (B, T, C, H * p, W * p)."""
@@ -252,19 +222,3 @@ def _folded_input(vae: Any) -> tuple[nn.Parameter, nn.Parameter]:
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     weight = weight * std.view(1, -1, 1, 1, 1)
     return nn.Parameter(weight.to(dtype), requires_grad=False), nn.Parameter(bias.to(dtype), requires_grad=False)
-
-
-def _tile_corners(height: int, width: int, stride: int) -> Iterator[tuple[int, int]]:
-    for top in range(0, height, stride):
-        for left in range(0, width, stride):
-            yield top, left
-
-
-def _blend(before: Tensor, tile: Tensor, dim: int) -> None:
-    """Fade from the last rows (or columns) of the neighbour into the first of `tile`, in place."""
-    extent = min(before.shape[dim], tile.shape[dim])
-    wide = torch.promote_types(tile.dtype, torch.float32)
-    ramp = torch.arange(extent, device=tile.device, dtype=wide) / extent
-    ramp = ramp.view(-1, 1) if dim == -2 else ramp
-    edge = tile.narrow(dim, 0, extent)
-    edge.copy_(torch.lerp(before.narrow(dim, before.shape[dim] - extent, extent).to(wide), edge.to(wide), ramp))

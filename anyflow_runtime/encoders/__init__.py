@@ -23,6 +23,8 @@ _EXPORTS = {
     "WanVAEEncoder": "wan_vae",
     "WanVAEEncoderCache": "wan_vae",
     "WanVAEEncoderConfig": "wan_vae",
+    "WordEncoder": "words",
+    "WordEncoderConfig": "words",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,15 +20,17 @@ class PixelEncoderConfig(EncoderConfig):
     Args:
         channels: of the video.
         block: pixels of a block x block square become the channels of one latent, `channels * block**2` of them.
-        pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1]; latents are in [-1, 1].
+        pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1].
+        latent_range: values of latents that are black and white.
     Raises:
-        ValueError: at construction, for counts below one or an unknown range.
+        ValueError: at construction, for counts below one or an unknown or empty range.
     """
 
     _target: type[PixelEncoder] = field(default_factory=lambda: PixelEncoder)
     channels: int = 3
     block: int = 1
     pixel_range: str = "signed"
+    latent_range: Sequence[float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +38,7 @@ class PixelEncoderConfig(EncoderConfig):
             raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
         if self.pixel_range not in ("signed", "unit"):
             raise ValueError(f"pixel_range: expected 'signed' or 'unit', got {self.pixel_range!r}")
+        check_range("latent_range", self.latent_range)
 
 
 class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
@@ -56,7 +60,7 @@ class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
     def forward(
         self, input: Tensor, autoregressive_index: int = 0, cache: StreamingEncoderCache | None = None
     ) -> Tensor:
-        """(..., T, C, H, W) video -> (..., T, C * block**2, H / block, W / block) latents in [-1, 1].
+        """(..., T, C, H, W) video -> (..., T, C * block**2, H / block, W / block) latents in `latent_range`.
 
         Raises:
             ValueError: for a shape that is no such video.
@@ -68,4 +72,13 @@ class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
             )
         self.get_output_temporal_size(autoregressive_index, input.shape[-4])
         latents = F.pixel_unshuffle(input, self.config.block)
-        return latents * 2 - 1 if self.config.pixel_range == "unit" else latents
+        if self.config.pixel_range == "unit":
+            latents = latents * 2 - 1
+        black, white = self.config.latent_range
+        return latents * ((white - black) / 2) + (white + black) / 2
+
+
+def check_range(name: str, values: Sequence[float]) -> None:
+    """Raise ValueError unless `values` are two rising numbers."""
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ValueError(f"{name}: got {values}, expected two rising numbers")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder
 from .causal_time import StreamOrderError
+from .tiles import History, Tiling, check_tiles, latent_tiles
 from .wan_blocks import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
 from .wan_blocks import attention_block as attention
 from .wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
@@ -28,8 +29,11 @@ class WanVAEEncoderConfig(EncoderConfig):
         dtype: of weights and latents; None keeps that of the VAE.
         pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1].
         latent_frames_per_pass: longer clips are encoded in several passes, which bounds the memory.
+        tile_size: side in pixels of the spatial tiles larger frames are encoded in; None encodes them whole.
+            Tiles save memory and change the latents slightly, as the attention sees one tile at a time.
+        tile_stride: distance in pixels between tiles; what overlaps is blended.
     Raises:
-        ValueError: at construction, for an unknown range or a count below one.
+        ValueError: at construction, for an unknown range, a count below one or a stride beyond the tile.
     """
 
     _target: type[WanVAEEncoder] = field(default_factory=lambda: WanVAEEncoder)
@@ -38,6 +42,8 @@ class WanVAEEncoderConfig(EncoderConfig):
     dtype: torch.dtype | None = None
     pixel_range: str = "signed"
     latent_frames_per_pass: int = 1
+    tile_size: int | None = None
+    tile_stride: int = 192
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,13 +51,14 @@ class WanVAEEncoderConfig(EncoderConfig):
             raise ValueError(f"pixel_range: expected one of {PIXEL_RANGES}, got {self.pixel_range!r}")
         if self.latent_frames_per_pass < 1:
             raise ValueError(f"latent_frames_per_pass: expected at least 1, got {self.latent_frames_per_pass}")
+        check_tiles(self.tile_size, self.tile_stride)
 
 
 @dataclass
 class WanVAEEncoderCache(StreamingEncoderCache):
     """The causal history of one rollout; replaced as a whole by every chunk, its tensors are never written into."""
 
-    history: tuple[Tensor, ...] | None = None
+    history: tuple[tuple[Tensor, ...], ...] | None = None  # one per tile
     video_shape: tuple[int, ...] | None = None  # (B, H, W) of every chunk of this rollout
     autoregressive_index: int = -1  # of the last chunk encoded
 
@@ -66,7 +73,7 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
         vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`.  It
             keeps working; its convolution weights take the channels_last layout.
     Raises:
-        ValueError: if not exactly one of `vae` and `config.path` is given.
+        ValueError: if not exactly one of `vae` and `config.path` is given, or tiles do not fit the latent grid.
         ImportError: without diffusers.
     """
 
@@ -76,8 +83,16 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
         self._spatial_ratio, self._temporal_ratio = spatial_ratio(vae), temporal_ratio(vae)
         self._patch = vae.config.patch_size or 1
         self._channels = vae.config.in_channels // self._patch**2
+        self._tiles = self._tiling()
         self.encoder: Any = owned_half(vae.encoder, config.dtype)
         self.output_weight, self.output_bias = _folded_output(vae)
+
+    def _tiling(self) -> Tiling | None:
+        if self.config.tile_size is None:
+            return None
+        size, stride = latent_tiles(self.config.tile_size, self.config.tile_stride, self._spatial_ratio)
+        scale = self._spatial_ratio // self._patch
+        return Tiling(size * scale, stride * scale, size, stride)
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -134,25 +149,34 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
             if cache.video_shape is not None and cache.video_shape != shape:
                 raise ValueError(f"input: the rollout's chunks have (B, H, W) = {cache.video_shape}, got {shape}")
 
-        # A list that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
-        history = None if cache is None or cache.history is None else list(cache.history)
+        # Lists that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
+        past = None if cache is None else cache.history
+        history = None if past is None else [list(tile) for tile in past]
         latents, start, first = [], 0, autoregressive_index == 0
         while start < video.shape[2]:
             end = start + self.get_input_temporal_size(0 if first else 1, self.config.latent_frames_per_pass)
-            encoded, history = self._encode_pass(video[:, :, start:end], history, first)
+            encoded, history = self._encode_tiles(video[:, :, start:end], history, first)
             latents.append(encoded)
             start, first = end, False
 
         if cache is not None:
-            cache.history = tuple(history or ())
+            cache.history = tuple(map(tuple, history or ()))
             cache.video_shape, cache.autoregressive_index = shape, autoregressive_index
         out = torch.cat(latents, dim=2).transpose(1, 2)
         return out.reshape(*input.shape[:-4], *out.shape[1:])
 
-    def _encode_pass(self, video: Tensor, past: list[Tensor] | None, first: bool) -> tuple[Tensor, list[Tensor]]:
+    def _encode_tiles(self, video: Tensor, history: list[History] | None, first: bool) -> tuple[Tensor, list[History]]:
+        """(B, C, T, H, W) video -> latents, encoded whole or in blended tiles."""
         if self.config.pixel_range == "unit":
             video = video * 2 - 1
-        x = _patchified(video, self._patch).to(self.dtype, memory_format=torch.channels_last_3d)
+        x = _patchified(video, self._patch)
+        if self._tiles is not None and not self._tiles.covers(*x.shape[-2:]):
+            return self._tiles.run(self._encode_pass, x, history, first)
+        latents, past = self._encode_pass(x, None if history is None else history[0], first)
+        return latents, [past]
+
+    def _encode_pass(self, x: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:
+        x = x.to(self.dtype, memory_format=torch.channels_last_3d)
         history = CausalPass(past, first)
         x = causal_conv(self.encoder.conv_in, x, history)
         for block in self.encoder.down_blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow_kernels import load_ops
 
+from ..parallel.shards import take
+from ..workspaces import IdleWorkspaces
 from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
 from .conditioning import ConditionEmbedder, FP32LayerNorm
 from .config import ModelConfig
 from .loading import CheckpointMixin
 from .parameters import apply_linear, onloaded
 from .rotary import RotaryTables
+
+if TYPE_CHECKING:
+    from ..parallel import ContextParallel
 
 FrameMap = tuple[tuple[int, int], ...]
 
@@ -36,11 +41,13 @@ class TransformerOutput:
 class AnyFlowModel(CheckpointMixin, nn.Module):
     """Parameters, runtime state and shared steps of both AnyFlow models.
 
-    Runtime state (the kernels, the rotary tables, `phantom_padding`) is no part of the config or the state dict.
+    Runtime state (the kernels, the rotary tables, `phantom_padding`, `parallel`, idle workspaces) is no part of the
+    config or the state dict.
     """
 
     keep_in_fp32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     config: Any
+    parallel: ContextParallel | None  # the processes that share the tokens; see `anyflow_runtime.parallel`
     # Modules are Any: their parameters are used directly, and `accelerate` puts diffusers' modules in their place.
     patch_embedding: Any
     condition_embedder: Any
@@ -73,6 +80,8 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         self.ops = load_ops(backend)
         self.phantom_padding = phantom_padding
         self.cuda_graphs = cuda_graphs
+        self.idle_workspaces = IdleWorkspaces()
+        self.parallel = getattr(self, "parallel", None)
         self.gradient_checkpointing = getattr(self, "gradient_checkpointing", False)
         self._rotary = RotaryTables(
             self.config.attention_head_dim, self.config.patch_size, self.config.get("compressed_patch_size")
@@ -118,7 +127,12 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
             return self.ops.patch_embed(latents, module.weight, module.bias, tuple(module.kernel_size), out, offset)
 
     def _run_blocks(self, x: Tensor, inputs: BlockInputs, keys_only: bool = False) -> Pending:
-        """All blocks; with `keys_only` the last one stops once its keys and values are cached."""
+        """All blocks; with `keys_only` the last one stops once its keys and values are cached.
+
+        With context parallelism the result is that of this process's tokens.
+        """
+        if self.parallel is not None:
+            x, inputs = self.parallel.split(x, inputs)
         if torch.is_grad_enabled():
             inputs.prompt.tokens()  # outside any checkpointed block, which must not create what its recomputation finds
         tables = [block.scale_shift_table for block in self.blocks]
@@ -138,15 +152,30 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
 
         `rt` is (B, frames, D). Any leading or trailing tokens of the sequence have been cut off by the caller.
         """
+        frame_map: FrameMap = ((grid[0], grid[1] * grid[2]),)
+        shards = None if self.parallel is None else self.parallel.shards(frame_map)
+        if self.parallel is not None and shards is not None:
+            rows, frame_map = shards.frames(self.parallel.rank)
+            rt = take(rt, rows, dim=1)
         shift, scale = (self.scale_shift_table.unsqueeze(1) + rt.unsqueeze(2)).unbind(2)
-        frame_map = ((grid[0], grid[1] * grid[2]),)
         _, y = self.ops.gated_residual_layer_norm(
             pending[0], frame_map, pending[1], pending[2], shift, scale, eps=self.norm_out.eps
         )
+        y = apply_linear(self.ops, self.proj_out, y)
+        if self.parallel is not None and shards is not None:
+            y = self.parallel.gather(y, shards)
         channels = self.config.out_channels or self.config.in_channels
-        return self.ops.unpatchify(
-            apply_linear(self.ops, self.proj_out, y), grid, tuple(self.config.patch_size), channels
-        )
+        return self.ops.unpatchify(y, grid, tuple(self.config.patch_size), channels)
+
+    def _check_parallel(self, latents: Tensor) -> None:
+        """Raise ValueError if a gradient is wanted of several processes."""
+        if self.parallel is None or not torch.is_grad_enabled():
+            return
+        if latents.requires_grad or any(p.requires_grad for p in self.parameters()):
+            raise ValueError(
+                f"context parallelism: got gradients enabled on {self.parallel.world} processes, expected inference "
+                "under torch.no_grad()"
+            )
 
 
 def check_video(

@@ -89,6 +89,7 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         check_video(
             self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
         )
+        self._check_parallel(hidden_states)
         frames = hidden_states.shape[1]
         if timestep.shape[1] != frames:
             raise ValueError(f"timestep: got {tuple(timestep.shape)}, expected (B, F={frames})")

@@ -9,7 +9,7 @@ Source: Wan2.1's DiT block; parameter names are those of diffusers' AnyFlow clas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from anyflow_kernels import AttentionPlan, Ops
 
 from .conditioning import PromptKeys
 from .parameters import apply_linear, fuse_storage, is_plain, onloaded, project
+
+if TYPE_CHECKING:
+    from ..parallel.attention import RingAttention, UlyssesAttention
+    from ..parallel.shards import HeldKeys
 
 Pending = tuple[Tensor, Tensor | None, Tensor | None]  # x, and the branch and gate still to be added to it
 
@@ -38,6 +42,9 @@ class BlockInputs:
             None without a cache.
         offset: slab position of the first query.
         modulation: (layers, B, F, 6, D), all tables added at once, or None if a block must add its own.
+        held: with context parallelism, the keys in the slabs of each process, if it holds those of its tokens.
+        attention: self-attention over several processes; the queries, and all but the prompt, are then this process's
+            tokens, and the cache is in its hands.
     """
 
     ops: Ops
@@ -49,6 +56,8 @@ class BlockInputs:
     cache: list[tuple[Tensor, Tensor]] | None = None
     offset: int = 0
     modulation: Tensor | None = None
+    held: HeldKeys | None = None
+    attention: UlyssesAttention | RingAttention | None = None
 
 
 class RMSNorm(nn.Module):
@@ -144,9 +153,12 @@ class AnyFlowTransformerBlock(nn.Module):
 
         x, y = ops.gated_residual_layer_norm(x, frame_map, branch, gate, shift1, scale1, eps=self.norm1.eps)
         q, k, v = self._queries_keys_values(y, inputs, layer)
+        shared = inputs.attention
         if keys_only:
+            if shared is not None:
+                shared.store(k, v, layer)
             return x, None, None
-        y = ops.far_attention(q, k, v, inputs.plan)
+        y = ops.far_attention(q, k, v, inputs.plan) if shared is None else shared.attend(q, k, v, layer)
         y = apply_linear(ops, self.attn1.to_out[0], y.flatten(2))
 
         if isinstance(self.norm2, nn.Identity):
@@ -166,7 +178,9 @@ class AnyFlowTransformerBlock(nn.Module):
         return x, apply_linear(ops, down, y), gate2
 
     def _queries_keys_values(self, y: Tensor, inputs: BlockInputs, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q (B, L, H, d), and all keys and values that the plan speaks of."""
+        """Rotated q (B, L, H, d), and all keys and values that the plan speaks of; on several processes those of
+        this one's tokens.
+        """
         attn = self.attn1
         qkv = project(inputs.ops, y, [attn.to_q, attn.to_k, attn.to_v])
         # A slab is overwritten by the next step; what a backward pass needs must not be.

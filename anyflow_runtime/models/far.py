@@ -175,8 +175,14 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         check_video(
             self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
         )
+        self._check_parallel(hidden_states)
         partition = tuple(chunk_partition)
         _expect(len(partition) > 0, "chunk_partition", partition, "at least one chunk")
+        if kv_cache is None and self.parallel is not None:
+            raise ValueError(
+                f"kv_cache: got None on {self.parallel.world} processes, expected a FarCache: context parallelism does "
+                "not cover the training path"
+            )
         prompt = (encoder_hidden_states, encoder_hidden_states_image)
         if kv_cache is None:
             clean = (clean_hidden_states, clean_timestep)
@@ -252,7 +258,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
         _, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
         inputs = self._inputs(layout, times, context.prompt, self.rotary(layout.query_segments, times.device))
-        inputs.cache, inputs.offset = cache.begin_write(layout), layout.cache_offset
+        inputs.cache, inputs.offset, inputs.held = cache.begin_write(layout), layout.cache_offset, cache.held
         if x.shape[1]:
             self._run_blocks(x, inputs, keys_only=True)
         cache.end_write(context)
@@ -261,6 +267,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         config = self.config
         size = (config.num_layers, config.num_attention_heads, config.attention_head_dim)
         _expect(cache.model_size == size, "kv_cache", cache.model_size, f"(layers, heads, head_dim) = {size}")
+        made_for, now = cache.parallel or "one process", self.parallel or "one process"
+        _expect(made_for == now, "kv_cache", f"one made for {made_for}", f"one made for {now}")
 
     def _check_context(self, cache: FarCache, context: Context) -> None:
         cache.layout("prefill", context.partition)  # raises on a bad partition, before the cache takes it
@@ -299,34 +307,46 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             keys = PromptKeys(self.condition_embedder, *prompt)
         else:
             keys = cache.prompt(self.condition_embedder, *prompt)
-        slabs = cache.slabs_for(layout)
+        slabs, held = cache.slabs_for(layout), cache.held
 
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
 
-        rope = self.rotary(layout.query_segments, times.device)  # held by the step: a captured one reads its memory
+        rope = self.rotary(layout.query_segments, times.device)
+        capture = self._may_capture(latents)
+        present: Any = cache.workspace.hold_prompt(keys, self.blocks, self.ops) if capture else keys
 
         def step(latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
-            inputs = self._inputs(layout, times, keys, rope)
+            inputs = self._inputs(layout, times, present, rope)
             if self.phantom_padding:
                 inputs.plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK)
-            inputs.cache, inputs.offset = slabs, layout.cache_offset
+            inputs.cache, inputs.offset, inputs.held = slabs, layout.cache_offset, held
             x = self._tokens(layout, latents[:, :0], latents)
             return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
 
-        if not self._may_capture(latents):
+        if not capture:
             return step(latents, rt, times)
-        # Besides its inputs a step reads these; the layout names the kernels' shapes, the rest the memory they touch.
+        # The layout names the kernels' shapes, the rest the memory they touch.
         addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr())
-        return cache.graphs.run(
-            (layout, keys, addresses, self.ops.backend, self.phantom_padding), step, latents, rt, times
-        )
+        key = (layout, present, addresses, self.ops.backend, self.phantom_padding)
+        return cache.graphs.run(key, step, latents, rt, times, reads=(slabs, rope))
 
     def _may_capture(self, latents: Tensor) -> bool:
-        """Not where weights change or move between steps (adapters, offload hooks), nor before a backward pass."""
-        if not self.cuda_graphs or not latents.is_cuda or torch.is_grad_enabled() or getattr(self, "peft_config", None):
+        """Not where weights change or move between steps (adapters, offload hooks), before a backward pass, or with
+        collectives in the step.
+        """
+        return not torch.is_grad_enabled() and self.captures(latents.device)
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether denoising steps on this device are captured as CUDA graphs, as long as no gradient is wanted."""
+        if not self.cuda_graphs or device.type != "cuda" or self.parallel is not None:
             return False
-        offloaded = self.patch_embedding.weight.is_meta
-        return not offloaded and not any(hasattr(b, "_hf_hook") or hasattr(b, "_diffusers_hook") for b in self.blocks)
+        if getattr(self, "peft_config", None) or self.patch_embedding.weight.is_meta:
+            return False
+        return not any(hasattr(b, "_hf_hook") or hasattr(b, "_diffusers_hook") for b in self.blocks)
+
+    def release_memory(self) -> None:
+        """Let go of the slabs and captured steps that the latest rollout has left for the next one."""
+        self.idle_workspaces.clear()
 
     def _train(
         self,

@@ -1,4 +1,4 @@
-"""The web server of the live view: the page, a websocket for every browser, and the finished videos."""
+"""The web server of the live view: the page, a websocket for every browser, uploads, and the finished videos."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from .guard import LOOPBACK, HostGuard
 from .limits import Limits, RequestError, check_change, check_start
 from .rollouts import Message, Rollout, RolloutQueue
+from .uploads import UploadStore, check_upload
 from .videos import VideoStore
 
 MAX_MESSAGE = 16384  # characters of a message from the browser
@@ -29,7 +30,7 @@ MAX_MESSAGE = 16384  # characters of a message from the browser
 
 def create_app(
     run: Callable[[Rollout], None],
-    partition: Sequence[int],
+    partition: Sequence[int] | None,
     videos: VideoStore,
     limits: Limits,
     hosts: Iterable[str] = LOOPBACK,
@@ -38,12 +39,13 @@ def create_app(
 
     Args:
         run: makes the video of a rollout, see `StreamEngine.run`; called on one thread, one rollout at a time.
-        partition: latent frames per chunk that the model was trained with.
+        partition: latent frames per chunk that the model was trained with; None for a bidirectional one.
         videos: where `run` keeps the files; closed with the application.
         limits: of what a browser may ask for.
         hosts: names this server goes by.
     """
     queue = RolloutQueue(run, limits.max_waiting)
+    uploads = UploadStore()
     page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     page_headers = {"Content-Security-Policy": _policy(page), **_HEADERS}
 
@@ -56,8 +58,21 @@ def create_app(
             return PlainTextResponse("no such video, or it has made way for newer ones", status_code=404)
         return FileResponse(path, media_type="video/mp4", filename="anyflow.mp4", headers=_HEADERS)
 
+    async def upload(request: Request) -> Response:
+        try:
+            data = await _body(request, limits.max_upload)
+            if data is None:
+                message = f"upload: got more bytes than expected, which is at most {limits.max_upload}"
+                return JSONResponse({"message": message}, status_code=413, headers=_HEADERS)
+            checked = await asyncio.to_thread(check_upload, data, limits.max_frames)
+        except RequestError as error:
+            return JSONResponse({"message": str(error)}, status_code=422, headers=_HEADERS)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        return JSONResponse({"token": uploads.add(checked), "frames": checked.frames}, headers=_HEADERS)
+
     async def live(websocket: WebSocket) -> None:
-        await _Session(websocket, queue, limits, partition).serve()
+        await _Session(websocket, queue, limits, partition, uploads).serve()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -72,6 +87,7 @@ def create_app(
         routes=[
             Route("/", index),
             Route("/videos/{token}", video),
+            Route("/uploads", upload, methods=["POST"]),
             WebSocketRoute("/live", live),
         ],
         middleware=[Middleware(HostGuard, hosts=hosts)],
@@ -82,8 +98,16 @@ def create_app(
 class _Session:
     """One browser: what it sends is checked and passed on, what its rollout emits is sent in order."""
 
-    def __init__(self, websocket: WebSocket, queue: RolloutQueue, limits: Limits, partition: Sequence[int]) -> None:
+    def __init__(
+        self,
+        websocket: WebSocket,
+        queue: RolloutQueue,
+        limits: Limits,
+        partition: Sequence[int] | None,
+        uploads: UploadStore,
+    ) -> None:
         self._websocket, self._queue, self._limits, self._partition = websocket, queue, limits, partition
+        self._uploads = uploads
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[Message] = asyncio.Queue()
         self._rollout: Rollout | None = None
@@ -91,7 +115,7 @@ class _Session:
     async def serve(self) -> None:
         """Until the browser leaves, which also ends its rollout."""
         await self._websocket.accept()
-        self._outbox.put_nowait(self._limits.hello())
+        self._outbox.put_nowait(self._limits.hello() | {"causal": self._partition is not None})
         sender = asyncio.create_task(self._send())
         try:
             while (text := await self._receive()) is not None:
@@ -139,13 +163,15 @@ class _Session:
         elif self._rollout is None:
             raise RequestError(f"{kind}: no video is being made")
         elif kind == "change":
-            self._rollout.change(check_change(message, self._limits))
+            if self._partition is None:
+                raise RequestError("change: this model makes a whole video at once, in which nothing can change")
+            self._rollout.change(check_change(message, self._limits, self._rollout.request))
         elif self._queue.cancel(self._rollout):
             self._rollout = None
             self._outbox.put_nowait({"type": "done", "frames": 0, "stopped": True, "video": None})
 
     def _start(self, message: dict[str, Any]) -> None:
-        request = check_start(message, self._limits, self._partition)
+        request = check_start(message, self._limits, self._partition, self._uploads.get)
         rollout = Rollout(request, lambda emitted: self._emit(rollout, emitted))
         self._rollout = rollout
         try:
@@ -166,6 +192,16 @@ class _Session:
 
         with suppress(RuntimeError):  # the loop is closed: the server has ended
             self._loop.call_soon_threadsafe(take)
+
+
+async def _body(request: Request, limit: int) -> bytes | None:
+    """The bytes of a request, or None once there are more than `limit`."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            return None
+    return bytes(data)
 
 
 def _parse(text: str) -> dict[str, Any]:

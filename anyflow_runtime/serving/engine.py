@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..streaming import AnyFlowFARStream, StreamInferencePipeline, stream
 from ..streaming import Change as StreamChange
-from ..streaming import StreamInferencePipeline, stream
 from ..video_io import VideoWriter
 from .limits import Limits
 from .rollouts import Rollout
@@ -25,20 +25,31 @@ class StreamEngine:
     """Runs rollouts, one at a time.
 
     Args:
-        pipeline: with an AnyFlow-FAR transformer, a text encoder in it, and a decoder.
+        pipeline: with an AnyFlow transformer, a text encoder in it, and a decoder.
         videos: keeps the files.
         limits: for the frame rate.
+        video_encoder: of video in [0, 1], for videos that begin with an upload.
+        zoom: side of the square that shows a pixel.
     """
 
-    def __init__(self, pipeline: StreamInferencePipeline, videos: VideoStore, limits: Limits) -> None:
+    def __init__(
+        self,
+        pipeline: StreamInferencePipeline,
+        videos: VideoStore,
+        limits: Limits,
+        video_encoder: nn.Module | None = None,
+        zoom: int = 1,
+    ) -> None:
         self._pipeline: Any = pipeline
+        self._video_encoder = video_encoder
         self._videos = videos
-        self._fps = limits.fps
+        self._fps, self._zoom = limits.fps, zoom
 
     @property
-    def partition(self) -> tuple[int, ...]:
-        """Latent frames per chunk that the model was trained with."""
-        return self._pipeline.diffusion_model.transformer.default_partition
+    def partition(self) -> tuple[int, ...] | None:
+        """Latent frames per chunk that the model was trained with; None for a bidirectional one."""
+        transformer = self._pipeline.diffusion_model.transformer
+        return transformer.default_partition if isinstance(transformer, AnyFlowFARStream) else None
 
     def run(self, rollout: Rollout) -> None:
         """Make the video, telling the browser of every chunk; returns when it is finished, stopped or has failed.
@@ -72,14 +83,22 @@ class StreamEngine:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), ThreadPoolExecutor(1) as publisher:
             wish = rollout.take_change()  # made while it waited
             prompt, steps = wish.prompt or request.prompt, wish.steps or request.steps
+            context = None
+            if request.context is not None:
+                context = request.context.read(request.context_frames, (request.height, request.width))[None].to(device)
             chunks = stream(
                 self._pipeline,
                 prompt,
+                negative_prompt=request.negative_prompt,
+                guidance_scale=wish.guidance or request.guidance,
                 chunk_partition=request.chunks,
                 steps=steps,
                 seed=request.seed,
                 height=request.height,
                 width=request.width,
+                context_video=context,
+                video_encoder=self._video_encoder,
+                overlap=False,  # a change is to show in the very next chunk
             )
             rollout.emit(
                 {
@@ -97,11 +116,12 @@ class StreamEngine:
                     break
                 begin = time.perf_counter()
                 if index == 0:
-                    pixels = _pixels(next(chunks))
+                    pixels = _pixels(next(chunks), self._zoom)
                 else:
                     wish = rollout.take_change()
                     prompt, steps = wish.prompt or prompt, wish.steps or steps
-                    pixels = _pixels(chunks.send(StreamChange(prompt=wish.prompt, steps=wish.steps)))
+                    change = StreamChange(prompt=wish.prompt, steps=wish.steps, guidance_scale=wish.guidance)
+                    pixels = _pixels(chunks.send(change), self._zoom)
                 message = {
                     "type": "chunk",
                     "index": index,
@@ -117,9 +137,10 @@ class StreamEngine:
                 published.result()
 
 
-def _pixels(frames: Tensor) -> Tensor:
-    """(1, T, 3, H, W) in [-1, 1] as (T, 3, H, W) uint8 on the host."""
-    return ((frames[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+def _pixels(frames: Tensor, zoom: int = 1) -> Tensor:
+    """(1, T, 3, H, W) in [-1, 1] as (T, 3, zoom * H, zoom * W) uint8 on the host."""
+    pixels = ((frames[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return pixels if zoom == 1 else pixels.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
 
 
 def _publish(rollout: Rollout, writer: VideoWriter, message: dict[str, Any], pixels: Tensor) -> None:

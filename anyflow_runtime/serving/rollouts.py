@@ -46,6 +46,7 @@ class Rollout:
             self._change = Change(
                 prompt=before.prompt if change.prompt is None else change.prompt,
                 steps=before.steps if change.steps is None else change.steps,
+                guidance=before.guidance if change.guidance is None else change.guidance,
             )
 
     def take_change(self) -> Change:

@@ -123,6 +123,11 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         return self.model.dtype
 
     @property
+    def num_processes(self) -> int:
+        """Those that run the model together; see `anyflow_runtime.parallel`."""
+        return 1 if self.model.parallel is None else self.model.parallel.world
+
+    @property
     def default_partition(self) -> tuple[int, ...]:
         """Latent frames per chunk of a rollout that names no others."""
         return tuple(self.config.chunk_partition or self.model.config.chunk_partition)

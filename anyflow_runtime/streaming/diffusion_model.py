@@ -153,10 +153,13 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         Returns:
             The clean latent, unpatchified, and what `finalize` needs.
         Raises:
-            ValueError: for noise of another shape than the chunk, or steps that cannot be.
+            ValueError: for noise of another shape than the chunk, steps that cannot be, or several processes that
+                would each draw noise of its own.
         """
         transformer, scheduler = self.transformer, self.scheduler_for(steps)
         rng = self.rng if rng is None else rng
+        if rng is None and noise is None and transformer.num_processes > 1:
+            raise ValueError(f"seed: got None on {transformer.num_processes} processes, expected the same for all")
         if input is not None:
             input = transformer.patchify_and_maybe_split_cp(input)
         cache.start(autoregressive_index)

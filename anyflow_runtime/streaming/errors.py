@@ -1,6 +1,9 @@
-"""Errors of the streaming runtime, and the check that finds the first value that is not finite."""
+"""Errors of the streaming runtime, notes on them, and the check that finds the first value that is not finite."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,3 +43,14 @@ def check_finite_weights(name: str, module: nn.Module) -> None:
     for parameter_name, parameter in module.named_parameters():
         if not parameter.is_meta:
             check_finite(f"weight {name}.{parameter_name}", parameter.detach())
+
+
+@contextmanager
+def noting(note: str) -> Iterator[None]:
+    """Add a note (PEP 678) to an error the block raises, such as what was being done; its type and text stay."""
+    try:
+        yield
+    except Exception as error:
+        # As `add_note` does, which Python 3.10 lacks.
+        vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), note]
+        raise

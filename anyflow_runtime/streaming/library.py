@@ -7,6 +7,7 @@ for frames in stream(pipeline, "a red fox in the snow", num_chunks=7, seed=0):
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..decoders.async_decoder import AsyncDecoder, PendingFrames, decode_behind
 from .adapter import AnyFlowStream, check_partition
+from .errors import check_finite
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache
 
 Prompt = Any  # a string, several, or text embeddings
@@ -55,12 +58,17 @@ def stream(
     context_video: Tensor | None = None,
     video_encoder: nn.Module | None = None,
     on_stats: Callable[[int, dict[str, float]], None] | None = None,
+    overlap: bool | None = None,
 ) -> Generator[Tensor, Prompt | Change | None, None]:
     """Generate a video with an AnyFlow pipeline, one chunk per iteration.
 
-    Arguments are checked, and given context is encoded, before this returns. `send(x)` yields the next chunk under a
-    `Change`, or under a prompt alone. A chunk becomes context when the next one is asked for, so the frames come first
-    and stopping early costs nothing; `close()`, `break` or an exception leave the pipeline ready for the next rollout.
+    Arguments are checked, and given context is encoded, before this returns. `send(x)` goes on under a `Change`, or
+    under a prompt alone, from the next chunk that has not begun. A chunk becomes context when the next one is asked
+    for, so the frames come first and stopping early costs nothing; `close()`, `break` or an exception leave the
+    pipeline ready for the next rollout.
+
+    With `overlap` a chunk is decoded while the next one is denoised. The frames are the same, but those of chunk i
+    come when chunk i + 1 has begun, so what is sent then is for chunk i + 2; only the first chunk comes at once.
 
     Args:
         pipeline: with an AnyFlow transformer and no encoder of its own for inputs per chunk.
@@ -80,6 +88,8 @@ def stream(
             for image-to-video.
         video_encoder: a streaming video encoder.
         on_stats: called with the index and the timings of every chunk, if the pipeline is profiling.
+        overlap: see above; on a CPU the decoder then has a thread of its own, which competes for the cores. None
+            overlaps on CUDA, unless the pipeline is profiling, for which it waits after every stage.
     Yields:
         Frames (B, T, 3, H, W) in [-1, 1]; without a decoder clean latents (B, F, C, H, W).
     Raises:
@@ -104,6 +114,7 @@ def stream(
         if num_chunks is not None:
             raise ValueError(f"num_chunks: got {num_chunks} with endless, expected None")
         context["endless"] = True
+    overlap = _overlap(pipeline, overlap)
     pipeline.diffusion_model.scheduler_for(steps)
     rollout = _Rollout(pipeline, prompt, negative_prompt, guidance_scale, steps)
     cache = pipeline.initialize_cache(
@@ -111,7 +122,7 @@ def stream(
     )
     if noise is not None:
         rollout.take_noise(noise, cache.transformer_cache)
-    return rollout.run(cache, on_stats)
+    return rollout.run_overlapped(cache) if overlap else rollout.run(cache, pipeline.generate, on_stats)
 
 
 class _Rollout:
@@ -168,9 +179,34 @@ class _Rollout:
         if not all(_same(a, b) for a, b in zip(before, after, strict=True)):
             self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
 
+    def run_overlapped(self, cache: StreamInferencePipelineCache) -> Generator[Tensor, Any, None]:
+        """Frames of the chunks, each decoded while the next one is denoised."""
+        finite = self.pipeline.config.diffusion_model.check_finite
+        latents = self.run(cache, self.pipeline.denoise, None)
+        with AsyncDecoder(self.pipeline.decoder, worker=True) as decoder, closing(latents):
+
+            def submit(chunk: Tensor, index: int) -> PendingFrames:
+                return decoder.submit(chunk, index, cache.decoder_cache)
+
+            pending = decode_behind(latents, submit, from_first=False)
+            change = None
+            for index in count():
+                try:
+                    frames = pending.send(change).wait()
+                except StopIteration:
+                    return
+                if finite:
+                    check_finite(f"output of chunk {index}", frames)
+                change = yield frames
+                del frames
+
     def run(
-        self, cache: StreamInferencePipelineCache, on_stats: Callable[[int, dict[str, float]], None] | None
+        self,
+        cache: StreamInferencePipelineCache,
+        generate: Callable[..., Tensor],
+        on_stats: Callable[[int, dict[str, float]], None] | None,
     ) -> Generator[Tensor, Any, None]:
+        """What `generate`, a method of the pipeline, makes of every chunk."""
         pipeline, state = self.pipeline, cache.transformer_cache
         start = 0
         for index in count():
@@ -178,7 +214,7 @@ class _Rollout:
             if self.noise is not None:
                 end = start + state.frames_in_chunk(index)
                 noise, start = self.noise[:, start:end], end
-            frames = pipeline.generate(index, cache, noise=noise, steps=self.steps)
+            frames = generate(index, cache, noise=noise, steps=self.steps)
             last = index + 1 == state.num_chunks
             change = yield frames
             del frames  # not kept alive while the next chunk is made
@@ -199,6 +235,17 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
     return bool(a == b)
+
+
+def _overlap(pipeline: StreamInferencePipeline, overlap: bool | None) -> bool:
+    profiling = pipeline.config.enable_sync_and_profile
+    if overlap and (pipeline.decoder is None or profiling):
+        why = "without a decoder" if pipeline.decoder is None else "with a profiling pipeline, which waits every time"
+        raise ValueError(f"overlap: got True {why}, expected False or None")
+    if overlap is None:
+        on_gpu = pipeline.diffusion_model.transformer.device.type == "cuda"
+        return on_gpu and pipeline.decoder is not None and not profiling
+    return overlap
 
 
 def _latent_side(name: str, side: int | None, scale: int) -> int | None:

@@ -24,7 +24,7 @@ from ..decoders.base import DecoderConfig, StreamingDecoderCacheT
 from ..encoders.base import EncoderConfig, StreamingEncoderCacheT
 from .config import InstantiateConfig
 from .diffusion_model import DiffusionModel, DiffusionModelConfig, FinalState
-from .errors import LifecycleError, check_finite, check_finite_weights
+from .errors import LifecycleError, check_finite, check_finite_weights, noting
 from .profiler import EventProfiler
 from .transformer import Transformer, TransformerCacheT
 
@@ -161,13 +161,36 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         Raises:
             LifecycleError: (a ValueError and AssertionError) on a call out of order.
         """
+        return self._generate(autoregressive_index, cache, input, noise, steps, decoder=self.decoder)
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        autoregressive_index: int,
+        cache: StreamInferencePipelineCache[StreamingEncoderCacheT, TransformerCacheT, StreamingDecoderCacheT],
+        input: Any = None,
+        *,
+        noise: Tensor | None = None,
+        steps: int | None = None,
+    ) -> Tensor:
+        """`generate` without the decoder: the clean latent (..., T, C, H, W).
+
+        For a caller that decodes it elsewhere, every chunk and in order, with `cache.decoder_cache`.
+        """
+        return self._generate(autoregressive_index, cache, input, noise, steps, decoder=None)
+
+    def _generate(
+        self, autoregressive_index: int, cache: Any, input: Any, noise: Tensor | None, steps: int | None, decoder: Any
+    ) -> Tensor:
         self._check_generate(autoregressive_index, cache, input)
         model, finite = self.diffusion_model, self.config.diffusion_model.check_finite
         rng = model.rng if cache.rng is None else cache.rng
         profiler = cache.event_profiler
         if profiler is not None:
             profiler.reset()
-        with _undone_on_error(rng, cache.encoder_cache, cache.decoder_cache):
+        # A decoder's cache that is not used here may be in use elsewhere.
+        caches = (cache.encoder_cache, *(() if decoder is None else (cache.decoder_cache,)))
+        with _undone_on_error(rng, *caches):
             encoded = None
             with _stage(profiler, "encode"):
                 if self.encoder is not None:
@@ -180,11 +203,9 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
                 output, state = model.generate(
                     autoregressive_index, cache.transformer_cache, encoded, noise=noise, rng=rng, steps=steps
                 )
-            with _stage(profiler, "decode"):
-                if self.decoder is not None:
-                    output = self.decoder(
-                        input=output, autoregressive_index=autoregressive_index, cache=cache.decoder_cache
-                    )
+            with _stage(profiler, "decode"), noting(f"while decoding chunk {autoregressive_index}"):
+                if decoder is not None:
+                    output = decoder(input=output, autoregressive_index=autoregressive_index, cache=cache.decoder_cache)
             if finite:
                 check_finite(f"output of chunk {autoregressive_index}", output)
         cache.autoregressive_index, cache.final_state = autoregressive_index, state

@@ -1,9 +1,9 @@
-"""Named pipelines: the released checkpoints as configs, each one printable tree.
+"""Named pipelines: the released checkpoints and the bundled demo model as configs, each one printable tree.
 
     pipeline = preset("anyflow-far-wan2.1-1.3b").setup().to("cuda")
     print(derive_config(preset("anyflow-far-wan2.1-14b"), diffusion_model={"seed": 7}))
 
-Sizes, shift and partition are those the models were released with: 480 x 832, 81 frames, shift 5.
+Sizes, shift and partition are those the models were made with: the released ones for 480 x 832, 81 frames, shift 5.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
 from .pipeline import StreamInferencePipelineConfig
+from .pixel_model import pixel_pipeline
 
 RELEASED_PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)
 
@@ -66,7 +67,7 @@ PRESETS: dict[str, StreamInferencePipelineConfig] = {
         ("anyflow-wan2.1-t2v-1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", False),
         ("anyflow-wan2.1-t2v-14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", False),
     )
-}
+} | {"anyflow-demo": pixel_pipeline(name="anyflow-demo")}
 
 
 def preset(name: str) -> StreamInferencePipelineConfig:

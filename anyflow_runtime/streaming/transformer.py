@@ -71,6 +71,11 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
         return torch.get_default_dtype() if first is None else first.dtype
 
     @property
+    def num_processes(self) -> int:
+        """Processes that run the network together and must draw the same noise."""
+        return 1
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
         """Shape of this rank's patchified latent, batch included; known once a rollout has been initialised."""

@@ -1,9 +1,13 @@
 """Flow-map pretraining and on-policy distillation, in pieces that each work alone.
 
-`stages` puts them together; `shapes` and `shapes_measure` are the synthetic data of the demo.
+`stages` puts them together; `train` runs them from a config; `shapes` and `shapes_measure` are the synthetic data of
+the demo.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .dmd import ScoreConfig, UpdateCadence, dmd_gradient, dmd_loss, fake_score_loss, generator_score_loss
 from .ema import EMA
@@ -20,9 +24,24 @@ from .stages import FarConfig, GanConfig, OnPolicy, OnPolicyConfig, PretrainConf
 from .timesteps import GlobalBatch, TimePairs, assign_buckets, pair_times, sample_time_pairs, schedule, shift_time
 from .velocity import BidirectionalVelocity, Velocity
 
+if TYPE_CHECKING:
+    from .demo_model import DemoModel
+    from .recipes import load_recipe
+    from .recipes_config import TrainConfig
+    from .trainer import train
+
+# Loaded at first use: whoever takes the pieces into a loop of their own needs no trainer.
+_MODULE_OF = {
+    "DemoModel": "demo_model",
+    "TrainConfig": "recipes_config",
+    "load_recipe": "recipes",
+    "train": "trainer",
+}
+
 __all__ = [
     "EMA",
     "BidirectionalVelocity",
+    "DemoModel",
     "DiffusionMean",
     "DiscriminatorHeads",
     "FarClip",
@@ -40,6 +59,7 @@ __all__ = [
     "RolloutDraw",
     "ScoreConfig",
     "TimePairs",
+    "TrainConfig",
     "TrainingBatch",
     "UpdateCadence",
     "Velocity",
@@ -60,6 +80,7 @@ __all__ = [
     "fused_prediction",
     "generator_gan_loss",
     "generator_score_loss",
+    "load_recipe",
     "lora_state_dict",
     "merge_lora",
     "pair_times",
@@ -69,4 +90,15 @@ __all__ = [
     "schedule",
     "shift_time",
     "total_derivative",
+    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import torch
 
 from .recipes_config import DataSettings
 from .shapes import ShapesDataset
 from .timesteps import GlobalBatch
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,15 @@ class Samples:
 
 
 class Source(Protocol):
-    """Where samples come from. `negative` is the (S, D) embedding of the negative prompt, None where captions come."""
+    """Where samples come from.
+
+    Attributes:
+        negative: (S, D) embedding of the negative prompt, None where captions come.
+        shapes: (F, C, H, W) of the latents, and (S, D) of the embeddings, None where captions come.
+    """
 
     negative: torch.Tensor | None
+    shapes: Shapes
 
     def samples(self, draw: int, position: GlobalBatch) -> Samples:
         """The local part, at `position`, of global batch number `draw`."""
@@ -75,6 +83,7 @@ class ShapesSource:
         self.dataset = ShapesDataset(
             settings.frames, settings.height, settings.width, seed=seed, two_objects=settings.two_objects
         )
+        self.shapes: Shapes = (settings.frames, 3, settings.height, settings.width), None
 
     def samples(self, draw: int, position: GlobalBatch) -> Samples:
         """A slice of the rendered global batch."""
@@ -85,8 +94,13 @@ class ShapesSource:
         return Samples(batch.videos[rows], names, captions=tuple(captions))
 
 
-def open_source(settings: DataSettings, seed: int) -> Source:
-    """The source that the settings name.
+def open_source(
+    settings: DataSettings, seed: int, device: torch.device | None = None, stream: TextIO | None = None
+) -> Source:
+    """The source that the settings name; a collective, as clips are encoded here.
+
+    Args:
+        device, stream: see `open_videos`.
 
     Raises:
         FileNotFoundError, ValueError: if its files are missing or do not fit together.
@@ -96,7 +110,12 @@ def open_source(settings: DataSettings, seed: int) -> Source:
     if settings.kind == "shapes":
         return ShapesSource(settings, seed)
     if settings.path is None:
-        raise ValueError(f"data.path: got None, expected the directory of the {settings.kind} shards")
+        files = "videos and captions" if settings.kind == "video" else f"{settings.kind} shards"
+        raise ValueError(f"data.path: got None, expected the directory of the {files}")
+    if settings.kind == "video":
+        from .data_videos import open_videos
+
+        return open_videos(settings, seed, device, stream)
     return (SafetensorsSource if settings.kind == "safetensors" else TarSource)(settings.path, seed)
 
 

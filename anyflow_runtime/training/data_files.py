@@ -13,6 +13,7 @@ import ast
 import bisect
 import struct
 import tarfile
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .data import EpochOrder, Samples, check_sample
+from .data import EpochOrder, Samples, Shapes, check_sample
 from .timesteps import GlobalBatch
 
 NEGATIVE = "negative.safetensors"
@@ -31,13 +32,17 @@ PARTS = ("latents", "prompt_embeds")
 class SafetensorsSource:
     """Shards with many samples each.
 
+    Args:
+        files: shards in their order; None: all in the directory.
+
     Raises:
         FileNotFoundError: if there is no shard.
         ValueError: naming the shard that lacks its captions or does not fit the others.
     """
 
-    def __init__(self, path: str | Path, seed: int) -> None:
-        self.files = [file for file in _files(path, "*.safetensors") if file.name != NEGATIVE]
+    def __init__(self, path: str | Path, seed: int, files: Sequence[Path] | None = None) -> None:
+        found = _files(path, "*.safetensors") if files is None else list(files)
+        self.files = [file for file in found if file.name != NEGATIVE]
         if not self.files:
             raise FileNotFoundError(f"no .safetensors shard in {path} besides {NEGATIVE}")
         counts = []
@@ -54,6 +59,7 @@ class SafetensorsSource:
             expected = expected or (latents[1:], text[1:])
             check_sample(str(file), latents[1:], text[1:], expected)
             counts.append(latents[0])
+        self.shapes: Shapes = tuple(expected[0]), tuple(expected[1])
         self.ends = list(accumulate(counts))
         self.order = EpochOrder(self.ends[-1], seed)
         self.negative: torch.Tensor | None = _negative(path, expected[1])
@@ -102,6 +108,7 @@ class TarSource:
                 self.places.append((file, key, offsets))
         if not self.places:
             raise ValueError(f"{path}: its tars hold no member like KEY.latents.npy")
+        self.shapes: Shapes = tuple(expected[0]), tuple(expected[1])
         self.order = EpochOrder(len(self.places), seed)
         self.negative: torch.Tensor | None = _negative(path, expected[1])
 

@@ -6,22 +6,22 @@ Latents are the pixels of `shapes` (AMPLITUDE times RGB), so it needs no VAE and
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..encoders.words import WordEncoder, WordEncoderConfig
 from ..models import AnyFlowFARTransformer3DModel
+from ..streaming.pixel_model import PixelModelIndex
 from .rollout import far_rollout
-from .shapes import CAPTION_LENGTH, VOCABULARY, encode_caption
+from .shapes import AMPLITUDE, CAPTION_LENGTH, VOCABULARY
 from .timesteps import schedule
 
-TEXT_FILE = "text_encoder.safetensors"
+TEXT_FOLDER = "text_encoder"
 TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 4, 4),
     "compressed_patch_size": (1, 8, 8),
@@ -38,42 +38,9 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
-class TextBlock(nn.Module):
-    """A pre-norm transformer layer: self-attention over the words, then a feed-forward of four times the width."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
-
-
-class DemoTextEncoder(nn.Module):
-    """Captions to embeddings, (B, CAPTION_LENGTH, dim).
-
-    Padding is a word like any other, so the empty caption (the negative prompt) has an embedding too.
-    """
-
-    def __init__(self, dim: int = 64, layers: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.words = nn.Embedding(len(VOCABULARY), dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(CAPTION_LENGTH, dim))
-        self.blocks = nn.ModuleList(TextBlock(dim, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, captions: Sequence[str]) -> Tensor:
-        """Raises ValueError on words that are not in the vocabulary."""
-        tokens = torch.tensor([encode_caption(caption) for caption in captions], device=self.positions.device)
-        x = self.words(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+def demo_text_encoder(dim: int = TRANSFORMER["text_dim"]) -> WordEncoder:
+    """A fresh text encoder for the captions of `shapes`."""
+    return WordEncoder(WordEncoderConfig(vocabulary=VOCABULARY, length=CAPTION_LENGTH, dim=dim))
 
 
 class DemoModel(nn.Module):
@@ -82,7 +49,7 @@ class DemoModel(nn.Module):
     def __init__(self, backend: str = "auto", **config: Any) -> None:
         super().__init__()
         self.transformer = AnyFlowFARTransformer3DModel(**(TRANSFORMER | config), backend=backend)
-        self.text_encoder = DemoTextEncoder(self.transformer.config.text_dim)
+        self.text_encoder = demo_text_encoder(self.transformer.config.text_dim)
 
     def generate(
         self, captions: Sequence[str], steps: int, size: int = 16, seed: int = 0, shift: float = 2.0
@@ -91,10 +58,14 @@ class DemoModel(nn.Module):
         partition = self.transformer.config.chunk_partition
         return generate(self.transformer, self.text_encoder, captions, steps, partition, (size, size), seed, shift)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `transformer/` in diffusers' format and the text encoder's weights."""
+    def save(self, path: str | os.PathLike[str], size: tuple[int, int] = (16, 16), shift: float = 2.0) -> None:
+        """Write a directory that `load`, `pixel_pipeline` and `anyflow generate --model` read.
+
+        Args:
+            size: height and width of its videos.  shift: of the schedule.
+        """
         self.transformer.save_pretrained(Path(path) / "transformer")
-        save_text_encoder(self.text_encoder.state_dict(), path)
+        save_pixel_parts(self.text_encoder, path, size, shift)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backend: str = "auto") -> DemoModel:
@@ -103,16 +74,20 @@ class DemoModel(nn.Module):
         Raises:
             FileNotFoundError: if a part is missing.
         """
-        text_file = Path(path) / TEXT_FILE
-        if not text_file.is_file():
-            raise FileNotFoundError(f"no {TEXT_FILE} in {path}: expected the directory of a demo model")
-        transformer = AnyFlowFARTransformer3DModel.from_pretrained(path, subfolder="transformer", backend=backend)
+        text_encoder = WordEncoder(WordEncoderConfig(path=str(Path(path) / TEXT_FOLDER)))
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.transformer = transformer
-        model.text_encoder = DemoTextEncoder(transformer.config.text_dim)
-        model.text_encoder.load_state_dict(load_file(text_file))
+        model.transformer = AnyFlowFARTransformer3DModel.from_pretrained(path, subfolder="transformer", backend=backend)
+        model.text_encoder = text_encoder
         return model.eval()
+
+
+def save_pixel_parts(
+    text_encoder: WordEncoder, path: str | os.PathLike[str], size: tuple[int, int], shift: float
+) -> None:
+    """Write what a pixel model's directory holds beside its transformer."""
+    text_encoder.save(Path(path) / TEXT_FOLDER)
+    PixelModelIndex(*size, shift=shift, latent_range=(0.0, AMPLITUDE)).save(path)
 
 
 @torch.no_grad()
@@ -141,10 +116,3 @@ def generate(
     text = text_encoder(captions)
     segments = list(pairwise(schedule(steps, shift)))
     return far_rollout(model, noise.to(text.device), text, partition, segments, model.dtype)
-
-
-def save_text_encoder(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write the text encoder's weights into a demo model's directory."""
-    temporary = Path(path) / f".{TEXT_FILE}.partial"
-    save_file({key: value.detach().contiguous() for key, value in state.items()}, temporary)
-    temporary.replace(Path(path) / TEXT_FILE)

@@ -29,8 +29,8 @@ _DEMO: dict[str, Any] = {
     "sample_every": 200,
     "plot": True,
 }
-_DEMO_BASE = {"objective": "flow_matching", "iterations": 2200, "lr": 2e-3, "warmup": 50}
-_DEMO_SECOND = {"iterations": 1000, "lr": 1e-3, "warmup": 20}
+_DEMO_BASE = {"objective": "flow_matching", "iterations": 2800, "lr": 2e-3, "warmup": 50}
+_DEMO_SECOND = {"iterations": 1000, "lr": 1e-3, "warmup": 20, "decay": 400}
 
 
 def _released(kind: str, size: str, stage: str) -> dict[str, Any]:
@@ -64,14 +64,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     for stage in ("teacher", "pretrain", "on-policy")
 }
 RECIPES["demo"] = _DEMO | {"phases": [_DEMO_BASE, {"objective": "flow_map", **_DEMO_SECOND}]}
-RECIPES["demo-flow-matching"] = _DEMO | {"phases": [_DEMO_BASE, {"objective": "flow_matching", **_DEMO_SECOND}]}
+# With model.path = the "demo" run's phase-0-flow_matching: what plain flow matching makes of the same budget.
+RECIPES["demo-flow-matching"] = _DEMO | {"phases": [{"objective": "flow_matching", **_DEMO_SECOND}]}
+# With model.path = the flow-map model, and model.teacher = the one of plain flow matching.
 RECIPES["demo-on-policy"] = merged(
     _DEMO,
     {
-        "phases": [{"objective": "on_policy", "iterations": 200, "lr": 1e-4}],
+        "phases": [{"objective": "on_policy", "iterations": 200, "lr": 1e-4, "decay": 60}],
         "optimiser": {"betas": [0.0, 0.999]},
         "far": {"bidirectional_probability": 0.0},
-        "on_policy": {"score": {"real_guidance": None, "shift": 2.0}, "step_choices": [2, 4, 8]},
+        "on_policy": {
+            "score": {"real_guidance": None, "shift": 2.0},
+            "step_choices": [2, 4, 8],
+            "batch_size": 24,
+        },
     },
 )
 

@@ -12,11 +12,11 @@ from typing import Any
 from .dmd import ScoreConfig
 from .flow_map_loss import FlowMapConfig
 from .rollout import STEP_CHOICES
-from .stages import FarConfig
+from .stages import FarConfig, GanConfig
 
 OBJECTIVES = ("flow_matching", "flow_map", "on_policy")
 MODEL_KINDS = ("far", "bidirectional", "demo")
-DATA_KINDS = ("safetensors", "tar", "shapes")
+DATA_KINDS = ("safetensors", "tar", "video", "shapes")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("auto", "fsdp", "none")
 T = typing.TypeVar("T")
@@ -50,20 +50,41 @@ class DataSettings:
     """Where samples come from.
 
     Attributes:
-        kind: "safetensors" | "tar": latents with prompt embeddings under `path`; "shapes": made on the fly.
-        path: directory of the shards.
-        frames, height, width, two_objects: of "shapes"; see `ShapesDataset`.
+        kind: "safetensors" | "tar": latents with prompt embeddings under `path`; "video": clips with captions under
+            `path`, encoded before training starts; "shapes": made on the fly.
+        path: directory of the shards or clips.
+        model: of "video": model directory in diffusers' format with `vae/`, `text_encoder/` and `tokenizer/`.
+        cache: of "video": directory for the encoded clips; None: `.encoded` in `path`.
+        frames, height, width: of a sample, in pixels; of a longer video the beginning, of a larger one the middle.
+        fps: of "video": frames per second that are taken; None: every frame.
+        negative_prompt: of "video"; None: that of the Wan models.
+        text_length: of "video": tokens of a prompt embedding.
+        two_objects: of "shapes"; see `ShapesDataset`.
     """
 
     kind: str = "safetensors"
     path: str | None = None
+    model: str | None = None
+    cache: str | None = None
     frames: int = 7
     height: int = 16
     width: int = 16
+    fps: float | None = None
+    negative_prompt: str | None = None
+    text_length: int = 512
     two_objects: float = 0.25
 
     def __post_init__(self) -> None:
         _one_of("data.kind", self.kind, DATA_KINDS)
+        for name in ("frames", "height", "width", "text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}: got {getattr(self, name)}, expected >= 1")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"data.fps: got {self.fps}, expected > 0, or None")
+        if (self.kind == "video") != (self.model is not None):
+            raise ValueError(
+                f"data.model: got {self.model!r} for data.kind {self.kind!r}, expected it for 'video' only"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,17 +94,25 @@ class Phase:
     Attributes:
         objective: "flow_matching" (plain), "flow_map", or "on_policy".
         lr, warmup: learning rate, and the steps over which it rises linearly from 0; constant after them.
+        decay: the last steps, over which it falls linearly towards 0.
     """
 
     objective: str
     iterations: int
     lr: float
     warmup: int = 0
+    decay: int = 0
 
     def __post_init__(self) -> None:
         _one_of("phases.objective", self.objective, OBJECTIVES)
-        if self.iterations < 1 or self.warmup < 0 or not self.lr > 0:
-            raise ValueError(f"phases: got {self}, expected iterations >= 1, lr > 0 and warmup >= 0")
+        if self.iterations < 1 or min(self.warmup, self.decay) < 0 or not self.lr > 0:
+            raise ValueError(f"phases: got {self}, expected iterations >= 1, lr > 0, warmup >= 0 and decay >= 0")
+
+    def lr_at(self, index: int) -> float:
+        """Learning rate of step `index`, 0-based in the phase."""
+        rise = (index + 1) / max(1, self.warmup)
+        fall = (self.iterations - index) / (self.decay + 1)
+        return self.lr * min(1.0, rise, fall)
 
 
 @dataclass(frozen=True)
@@ -113,13 +142,14 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class OnPolicySettings:
-    """See `OnPolicyConfig` and `UpdateCadence`."""
+    """See `OnPolicyConfig` and `UpdateCadence`; with `gan`, discriminator heads learn in the fake score's step."""
 
     score: ScoreConfig = field(default_factory=ScoreConfig)
     step_choices: tuple[int, ...] = STEP_CHOICES
     batch_size: int | None = None
     cotrain: bool = True
     student_every: int = 1
+    gan: GanConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +164,9 @@ class TrainConfig:
         sharding: of several processes: "fsdp" (FSDP2), "none": whole copies, averaged gradients; "auto": FSDP on CUDA.
         log_every, checkpoint_every: in steps; a checkpoint is also written at the end of every phase.
         keep_checkpoints: how many of the newest stay.
-        sample_every: steps between sample videos of the demo's model; None: none.
+        sample_every: steps between samples of the student's average; None: none.
+        sample_vae: model directory whose `vae/` decodes them; None: `data.model`, else the samples stay latents. The
+            demo's samples are pixels.
         plot: draw `loss.png` at the end of every phase; needs matplotlib.
     """
 
@@ -161,6 +193,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     sample_every: int | None = None
+    sample_vae: str | None = None
     plot: bool = False
 
     def __post_init__(self) -> None:

@@ -66,6 +66,7 @@ def far_rollout(
     chunk_partition: Sequence[int],
     segments: Sequence[Segment],
     input_dtype: torch.dtype | None = None,
+    single_time: bool = False,
 ) -> torch.Tensor:
     """Generated latents chunk by chunk, the same segments for each, every chunk seeing the finished ones through the
     cache.
@@ -78,6 +79,7 @@ def far_rollout(
         model: `AnyFlowFARTransformer3DModel`.
         noise: (B, F, C, H, W), F = sum(chunk_partition).
         input_dtype: latents and text are cast to it before the model; times and the rollout state never are.
+        single_time: send t as r, for a model that has only learned flow matching: plain Euler steps.
     """
     if noise.dim() != 5 or noise.shape[1] != sum(chunk_partition):
         raise ValueError(
@@ -100,7 +102,7 @@ def far_rollout(
             return far(
                 hidden_states=x.to(dtype),
                 timestep=t,
-                r_timestep=r,
+                r_timestep=t if single_time else r,
                 encoder_hidden_states=text,
                 chunk_partition=known,
                 kv_cache=cache,

@@ -101,19 +101,6 @@ def parse_caption(caption: str) -> Scene:
     return Scene(tuple(objects), words[-1])
 
 
-def encode_caption(caption: str, length: int = CAPTION_LENGTH) -> list[int]:
-    """Word indices into `VOCABULARY`, padded with 0; the empty caption is all padding.
-
-    Raises:
-        ValueError: on unknown words or more than `length` of them.
-    """
-    words = caption.lower().replace(",", " ").rstrip(" .").split()
-    unknown = [word for word in words if word not in WORDS]
-    if unknown or len(words) > length:
-        raise ValueError(f"caption: got {unknown or len(words)}, expected at most {length} words of {list(WORDS)}")
-    return [VOCABULARY.index(word) for word in words] + [0] * (length - len(words))
-
-
 @dataclass(frozen=True)
 class ShapesBatch:
     """Videos and their exact truth.

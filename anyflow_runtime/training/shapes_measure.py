@@ -96,7 +96,10 @@ def measure(videos: torch.Tensor, scenes: Sequence[Scene]) -> Measurement:
 
 
 def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two samples (N, D) and (M, D): 0 for equal distributions, else positive."""
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two samples (N, D) and (M, D): 0 for equal distributions, else positive.
+
+    Estimated without bias, so that of two finite samples of one distribution it scatters about 0.
+    """
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, expected (N, D) and (M, D), N, M >= 2")
     a, b = a.double(), b.double()

@@ -14,17 +14,18 @@ from typing import Any, TextIO
 
 import torch
 
+from ..parallel import process_group
 from . import distributed
 from .data import open_source
-from .recipes_config import TrainConfig, config_to_dict
+from .recipes_config import TrainConfig, config_from_dict, config_to_dict
 from .trainer_checkpoint import load_checkpoint, save_checkpoint
 from .trainer_log import MetricsFile, Progress, is_loss
 from .trainer_models import Networks
-from .trainer_parallel import process_group, use_fsdp
+from .trainer_parallel import use_fsdp
 from .trainer_phase import NonFiniteLoss, TrainingPhase
-from .trainer_pictures import SampleVideos, plot_losses
+from .trainer_pictures import open_samples, plot_losses
 
-FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "plot")
+FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_vae", "plot")
 
 
 def train(config: TrainConfig, out: str | Path, stream: TextIO | None = None) -> Path:
@@ -50,15 +51,16 @@ class _Run:
         self.leads = distributed.rank() == 0
         self.checkpoints = out / "checkpoints"
         config.micro_steps(distributed.world_size())  # raises if the global batch does not divide
-        self.source = open_source(config.data, config.seed)
-        self.samples = None if config.sample_every is None else SampleVideos(config, out / "samples")
         if config.plot and importlib.util.find_spec("matplotlib") is None:
             raise ImportError("plot needs matplotlib: pip install 'anyflow-kernels[bench]', or plot=false")
+        self.source = open_source(config.data, config.seed, device, stream)
+        self.samples = open_samples(config, self.source, out / "samples")
 
     def run(self) -> Path:
         content = load_checkpoint(self.checkpoints)
         self._claim_directory(content)
         networks = Networks(self.config, self.device, self.sharded)
+        self._check_data(networks.student)
         done, phase = 0, self._phase(0 if content is None else content["phase"], networks)
         if content is not None:
             done = content["step"]
@@ -83,7 +85,7 @@ class _Run:
                 self._save(phase, done)
             if self.samples is not None and self.config.sample_every and done % self.config.sample_every == 0:
                 with phase.trained["student"].averaged():
-                    self.samples.write(networks, f"step-{done:08}")
+                    self.samples.write(networks, f"step-{done:08}", phase.phase.objective)
             if self._ends_phase(done):
                 self._export(phase)
         model = self.out / "model"
@@ -130,13 +132,27 @@ class _Run:
     def _claim_directory(self, content: dict[str, Any] | None) -> None:
         own = json.loads(json.dumps(config_to_dict(self.config)))
         if content is not None:
-            stored = json.loads(content["config"])
-            differing = [key for key in own if key not in FREE_TO_CHANGE and own[key] != stored.get(key)]
+            # Keys that the config did not have yet when the run began stand at their defaults.
+            whole = config_to_dict(config_from_dict(json.loads(content["config"])))
+            stored = json.loads(json.dumps(whole))
+            differing = [key for key in own if key not in FREE_TO_CHANGE and own[key] != stored[key]]
             if differing:
                 raise ValueError(f"{self.out}: holds a run with another {differing}; expected the same config to go on")
         if self.leads:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+
+    def _check_data(self, student: Any) -> None:
+        """Raise ValueError, naming what differs, unless the student takes the samples of the source."""
+        (frames, channels, *_), text = self.source.shapes
+        far, model = self.config.far, student.config
+        if far is not None and frames != sum(far.chunk_partition):
+            expected = f"sum(far.chunk_partition) = {sum(far.chunk_partition)}"
+            raise ValueError(f"data: got latents with {frames} frames, expected {expected}")
+        if channels != model.in_channels:
+            raise ValueError(f"data: got latents with {channels} channels, expected the model's {model.in_channels}")
+        if text is not None and text[1] != model.text_dim:
+            raise ValueError(f"data: got prompt embeddings of {text[1]} values, expected the model's {model.text_dim}")
 
     def _say(self, text: str) -> None:
         if self.leads:

@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 def is_loss(key: str) -> bool:
     """Whether a metric is the value of a loss."""
-    return key.endswith(("/loss", "/total", "/fake_score"))
+    return key.endswith(("/loss", "/total", "/fake_score", "/gan_discriminator"))
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -14,8 +14,10 @@ from torch import nn
 
 from ..checkpoints import from_research, read_checkpoint
 from ..checkpoints.convert import MODELS
+from ..encoders.words import WordEncoder
 from . import distributed
-from .demo_model import TEXT_FILE, TRANSFORMER, DemoModel, DemoTextEncoder, save_text_encoder
+from .demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
+from .gan import DiscriminatorHeads
 from .lora import add_lora
 from .recipes_config import ModelSettings, TrainConfig
 from .trainer_checkpoint import barrier
@@ -37,6 +39,7 @@ class Networks:
     Attributes:
         student: the transformer in training.  text_encoder: of the demo, else None.
         real, fake: the scores of the on-policy stage, else None; `real` is frozen.
+        heads: of the discriminator on `real`, fp32; None without an adversarial term.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, sharded: bool) -> None:
@@ -50,6 +53,7 @@ class Networks:
                 add_lora(student, config.lora.rank, config.lora.alpha, student=objectives != {"flow_matching"})
             real: nn.Module | None = None
             fake: nn.Module | None = None
+            heads: DiscriminatorHeads | None = None
             if config.on_policy_stage:
                 teacher = replace(config.model, config={})
                 real, teacher_text = load_network(teacher, teacher.teacher, DTYPES[config.precision], any_class=True)
@@ -58,6 +62,10 @@ class Networks:
                 if config.lora is not None:
                     add_lora(fake, config.lora.rank, config.lora.alpha, student=False)
                 real.requires_grad_(False)
+                if config.on_policy.gan is not None:
+                    scored: Any = real.config
+                    width = scored.num_attention_heads * scored.attention_head_dim
+                    heads = DiscriminatorHeads(width, len(config.on_policy.gan.blocks))
         self._check_chunks(student)
         for model in (student, real, fake):
             if model is None:
@@ -69,6 +77,7 @@ class Networks:
             if sharded:
                 shard(model)
         self.student, self.real, self.fake = student, real, fake
+        self.heads = None if heads is None else heads.to(device)
         self.text_encoder = None if text_encoder is None else text_encoder.to(device)
 
     def _check_chunks(self, student: Any) -> None:
@@ -114,12 +123,13 @@ class Networks:
         model.load_state_dict(state, strict=True, assign=True)
         model.save_pretrained(directory / "transformer")
         if self.text_encoder is not None:
-            save_text_encoder({k: v.cpu() for k, v in self.text_encoder.state_dict().items()}, directory)
+            size = (self.config.data.height, self.config.data.width)
+            save_pixel_parts(self.text_encoder, directory, size, self.config.flow_map.shift)
 
 
 def load_network(
     settings: ModelSettings, path: str | None, dtype: torch.dtype, any_class: bool = False
-) -> tuple[nn.Module, DemoTextEncoder | None]:
+) -> tuple[nn.Module, WordEncoder | None]:
     """A transformer on the CPU, and the demo's text encoder.
 
     Args:
@@ -131,7 +141,7 @@ def load_network(
         FileNotFoundError, ValueError: if there is no such directory or its weights do not fit.
     """
     model_class: Any = MODELS[CLASS_OF[settings.kind]]
-    text_encoder: DemoTextEncoder | None = None
+    text_encoder: WordEncoder | None = None
     if path is None:
         config = TRANSFORMER | settings.config if settings.kind == "demo" else settings.config
         if not config:
@@ -139,7 +149,7 @@ def load_network(
         model = model_class.from_config(config)
         copy_time_embedder(model)
         if settings.kind == "demo":
-            text_encoder = DemoTextEncoder(model.config.text_dim)
+            text_encoder = demo_text_encoder(model.config.text_dim)
         return to_dtype(model, dtype), text_encoder
     if settings.kind == "demo":
         demo = DemoModel.load(path)
@@ -192,6 +202,11 @@ def copy_time_embedder(model: Any) -> None:
     embedder.delta_embedder.load_state_dict(embedder.time_embedder.state_dict())
 
 
+def input_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What latents and text are cast to before a network; None: left as they are."""
+    return None if config.precision == "fp32" else DTYPES[config.precision]
+
+
 def to_dtype(model: Any, dtype: torch.dtype) -> nn.Module:
     """Cast all but what the model keeps in fp32, in place."""
     kept = set(model.keep_in_fp32)
@@ -207,4 +222,4 @@ def _require_same_text(student: nn.Module | None, teacher: nn.Module | None) -> 
         return
     pairs: Iterable[tuple[torch.Tensor, torch.Tensor]] = zip(student.parameters(), teacher.parameters(), strict=True)
     if not all(torch.equal(a, b) for a, b in pairs):
-        raise ValueError(f"model.teacher: its {TEXT_FILE} is not the student's, expected models of one run")
+        raise ValueError(f"model.teacher: its {TEXT_FOLDER} is not the student's, expected models of one run")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .ema import EMA
 from .recipes_config import EmaSettings, OptimiserSettings, Phase
-from .trainer_parallel import average_gradients, gradient_norm, local_part
+from .trainer_parallel import average_gradients, drop_gathered, gradient_norm, local_part
 
 
 class TrainedNetwork:
@@ -36,6 +36,7 @@ class TrainedNetwork:
         ema: EmaSettings | None,
         save_frozen: bool = True,
     ) -> None:
+        self.modules = tuple(modules.values())
         named = {f"{prefix}.{name}": p for prefix, module in modules.items() for name, p in module.named_parameters()}
         self.parameters = {name: p for name, p in named.items() if p.requires_grad}
         self.frozen = {name: p for name, p in named.items() if not p.requires_grad} if save_frozen else {}
@@ -90,7 +91,7 @@ class TrainedNetwork:
             for p in self.masters.values():
                 if p.grad is not None:
                     p.grad.mul_(self.clip / norm)
-        lr = self.phase.lr * min(1.0, (index + 1) / max(1, self.phase.warmup))
+        lr = self.phase.lr_at(index)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.step()
@@ -102,10 +103,12 @@ class TrainedNetwork:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round the masters into half-precision parameters."""
+        """Let forwards see the masters: rounded into half-precision parameters, gathered anew where sharded."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+        for module in self.modules:
+            drop_gathered(module)
 
     def keep_average(self) -> None:
         """Take the average as the weights, for good."""

@@ -1,34 +1,14 @@
-"""Processes of a training run: their devices, FSDP2 sharding, or whole copies with averaged gradients."""
+"""Processes of a training run: FSDP2 sharding, or whole copies with averaged gradients."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import distributed
-
-
-@contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The process group that torchrun has prepared, if it has, and this process's device: a GPU each, or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    owned = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized()
-    if owned:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        if owned:
-            dist.destroy_process_group()
 
 
 def use_fsdp(sharding: str, device: torch.device) -> bool:
@@ -56,6 +36,18 @@ def shard(model: nn.Module) -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Let sharded modules gather their parameters anew at the next forward; needed when weights were written.
+
+    After a forward without backward the outermost unit keeps what it has gathered.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .recipes_config import TrainConfig
 from .stages import OnPolicy, OnPolicyConfig, PretrainConfig, Pretraining, Terms, TrainingBatch
 from .timesteps import GlobalBatch
 from .trainer_log import is_loss
-from .trainer_models import DTYPES, Networks
+from .trainer_models import Networks, input_dtype
 from .trainer_network import TrainedNetwork
 
 TermsOf = Callable[[TrainingBatch, GlobalBatch, DiffusionMean], Terms]
@@ -52,6 +52,8 @@ class TrainingPhase:
         }
         if networks.fake is not None:
             fake = {"fake": networks.fake}
+            if networks.heads is not None:
+                fake["heads"] = networks.heads
             self.trained["fake"] = TrainedNetwork(fake, config.optimiser, self.phase, None, save_frozen=save_frozen)
         self.pretraining = Pretraining(
             networks.student, _pretrain_config(config, self.phase.objective, sharded), self.shared, self.generator
@@ -70,7 +72,8 @@ class TrainingPhase:
             batch_size=settings.batch_size,
             cotrain=settings.cotrain,
             chunk_partition=None if far is None else far.chunk_partition,
-            input_dtype=_input_dtype(self.config),
+            gan=settings.gan,
+            input_dtype=input_dtype(self.config),
         )
         return OnPolicy(
             networks.student,
@@ -78,6 +81,7 @@ class TrainingPhase:
             networks.fake,
             config,
             self.pretraining,
+            networks.heads,
             shared=self.shared,
             generator=self.generator,
         )
@@ -110,9 +114,7 @@ class TrainingPhase:
             for term, result in terms_of(batch, position, running):
                 loss = result.loss.item()
                 if not math.isfinite(loss):
-                    raise NonFiniteLoss(
-                        f"step {step}, batch {draw}: loss {term!r} is {loss}; samples: {_list(samples)}"
-                    )
+                    raise NonFiniteLoss(f"step {step}, batch {draw}: loss {term!r} is {loss}; {_list(samples)}")
                 network.backward(result.loss / self.micro_steps)
                 for key, value in result.log.items():
                     logged[f"{term}/{key}"].append(value)
@@ -121,7 +123,7 @@ class TrainingPhase:
         try:
             values = network.step(local)
         except FloatingPointError as error:
-            raise NonFiniteLoss(f"step {step}, batch {draw}: {error}; last samples: {_list(samples)}") from error
+            raise NonFiniteLoss(f"step {step}, batch {draw}: {error}; last {_list(samples)}") from error
         return _means(logged) | values
 
     def _batch(self, samples: Samples) -> tuple[TrainingBatch, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -163,12 +165,8 @@ def _pretrain_config(config: TrainConfig, objective: str, sharded: bool) -> Pret
         stochastic_buckets=config.stochastic_buckets,
         first_frame_probability=config.first_frame_probability,
         far=config.far,
-        input_dtype=_input_dtype(config),
+        input_dtype=input_dtype(config),
     )
-
-
-def _input_dtype(config: TrainConfig) -> torch.dtype | None:
-    return None if config.precision == "fp32" else DTYPES[config.precision]
 
 
 def _means(logged: dict[str, list[float]]) -> dict[str, float]:
@@ -182,7 +180,14 @@ def _means(logged: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _list(samples: Samples) -> str:
-    return ", ".join(samples.names[:8]) + (" ..." if len(samples.names) > 8 else "")
+    """Names of those whose own values are not finite, or else of some of all."""
+    finite = samples.latents.flatten(1).isfinite().all(1)
+    if samples.text is not None:
+        finite &= samples.text.flatten(1).isfinite().all(1)
+    spoilt = [name for name, good in zip(samples.names, finite.tolist(), strict=True) if not good]
+    names = spoilt or samples.names
+    shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+    return f"samples that are not finite: {shown}" if spoilt else f"samples: {shown}"
 
 
 def _seed(*parts: object) -> int:

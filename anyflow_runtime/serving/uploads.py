@@ -1,0 +1,150 @@
+"""Pictures and clips a video is to begin with. A browser sends bytes, which are decoded in memory; never a path.
+
+Only formats that browsers make are read, each by a decoder chosen from the first bytes: formats that name other files
+or addresses (playlists), or that run programs, are never tried.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..video_io import fitted
+from .limits import RequestError
+
+MAX_PIXELS = 2**25  # of a picture or frame: 8K and a little more
+_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # as Pillow calls them
+_FORMATS = "PNG, JPEG, WebP, GIF or BMP; mp4, mov, webm or mkv"
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A picture or clip that has been decoded once, so that it can be again.
+
+    Attributes:
+        data: the file.
+        demuxer: of FFmpeg; None for a picture.
+        frames: 1 for a picture, moving ones included; of a clip as many as a video may have at most.
+    """
+
+    data: bytes
+    demuxer: str | None
+    frames: int
+
+    def read(self, count: int, size: tuple[int, int]) -> Tensor:
+        """The first frames, (count, 3, H, W) fp32 in [0, 1], scaled to cover `size` and cropped evenly.
+
+        Raises:
+            RequestError: if it has fewer.
+        """
+        pictures = iter([_picture(self.data)]) if self.demuxer is None else _clip(self.data, self.demuxer)
+        frames = [
+            fitted(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, size) for pixels in islice(pictures, count)
+        ]
+        if len(frames) < count:
+            raise RequestError(f"upload: got {len(frames)} frames, expected {count}")
+        return torch.stack(frames)
+
+
+def check_upload(data: bytes, max_frames: int) -> Upload:
+    """Decode what a browser has sent, up to `max_frames` frames.
+
+    Raises:
+        RequestError: if it is empty, in another format, too large in pixels, or damaged.
+    """
+    if not data:
+        raise RequestError("upload: got no bytes, expected a picture or a clip")
+    demuxer = _demuxer(data)
+    if demuxer is None:
+        _picture(data)
+        return Upload(data, None, 1)
+    frames = sum(1 for _ in islice(_clip(data, demuxer), max_frames))
+    if not frames:
+        raise RequestError("upload: the clip holds no frames")
+    return Upload(data, demuxer, frames)
+
+
+class UploadStore:
+    """Uploads until newer ones take their place, under tokens that cannot be guessed.
+
+    Args:
+        keep: how many; a rollout that has begun or waits holds on to its own.
+    """
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._uploads: dict[str, Upload] = {}
+
+    def add(self, upload: Upload) -> str:
+        """Keep an upload: its token."""
+        token = secrets.token_urlsafe(16)
+        with self._lock:
+            self._uploads[token] = upload
+            while len(self._uploads) > self._keep:
+                self._uploads.pop(next(iter(self._uploads)))
+        return token
+
+    def get(self, token: str) -> Upload | None:
+        """The upload of a token, if there is one."""
+        with self._lock:
+            return self._uploads.get(token)
+
+
+def _demuxer(data: bytes) -> str | None:
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):
+        return "mov"
+    return "matroska" if data[:4] == b"\x1aE\xdf\xa3" else None
+
+
+def _picture(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8, upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=_PICTURES) as image:
+            _check_pixels(image.width, image.height)
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except RequestError:
+        raise
+    except UnidentifiedImageError as error:
+        raise RequestError(f"upload: not a picture or clip in a known format, expected {_FORMATS}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"upload: the picture is damaged ({error})") from error
+
+
+def _clip(data: bytes, demuxer: str) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 frames of the first video stream."""
+    import av
+
+    count = 0
+    try:
+        # The format is given: FFmpeg does not look for another one in the bytes.
+        container: Any = av.open(io.BytesIO(data), format=demuxer)
+        with container:
+            if not container.streams.video:
+                raise RequestError("upload: the clip has no video stream")
+            stream = container.streams.video[0]
+            _check_pixels(stream.codec_context.width, stream.codec_context.height)
+            for frame in container.decode(stream):
+                _check_pixels(frame.width, frame.height)
+                colorspace = "ITU709" if frame.colorspace == 1 else None
+                yield frame.to_ndarray(format="rgb24", src_colorspace=colorspace)
+                count += 1
+    except av.error.FFmpegError as error:
+        why = error.strerror or str(error)
+        raise RequestError(f"upload: the clip is damaged ({why}) after {count} frames") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise RequestError(f"upload: got {width} x {height} pixels, expected at most {MAX_PIXELS} in a frame")

@@ -1,0 +1,104 @@
+"""Models that work on pixels and bring a text encoder of their own vocabulary: the bundled demo, and what its recipes
+train.
+
+Their directory holds `model_index.json`, `transformer/` in diffusers' format and `text_encoder/` (`WordEncoder`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..decoders.pixels import PixelDecoderConfig
+from ..encoders.pixels import PixelEncoderConfig
+from ..encoders.words import WordEncoderConfig
+from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
+from .diffusion_model import DiffusionModelConfig
+from .far_stream import AnyFlowFARStreamConfig
+from .pipeline import StreamInferencePipelineConfig
+
+CLASS_NAME = "AnyFlowFARPixelPipeline"
+INDEX_FILE = "model_index.json"
+DEMO_MODEL = Path(__file__).parents[1] / "demo"
+
+
+@dataclass(frozen=True)
+class PixelModelIndex:
+    """What `model_index.json` says of a pixel model.
+
+    Attributes:
+        height, width: of its videos.
+        shift: of the schedule it was trained with.
+        latent_range: values of latents that are black and white.
+        fps, zoom: frames per second, and side of the square per pixel, that suit a viewer.
+    """
+
+    height: int
+    width: int
+    shift: float
+    latent_range: tuple[float, float]
+    fps: int = 4
+    zoom: int = 16
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write `model_index.json`."""
+        content = {"_class_name": CLASS_NAME, **asdict(self)}
+        (Path(directory) / INDEX_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_index(directory: str | os.PathLike[str]) -> PixelModelIndex:
+    """The index of a pixel model's directory.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is that of another kind of model, or lacks something.
+    """
+    path = Path(directory) / INDEX_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no {INDEX_FILE} in {directory}, expected the directory of a pixel model")
+    content: dict[str, Any] = json.loads(path.read_text())
+    name = content.pop("_class_name", None)
+    if name != CLASS_NAME:
+        raise ValueError(f"path: {path} names {name}, expected {CLASS_NAME}")
+    try:
+        return PixelModelIndex(**content | {"latent_range": tuple(content["latent_range"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"path: {path} does not fit: {error}") from error
+
+
+def pixel_pipeline(
+    path: str | os.PathLike[str] = DEMO_MODEL, *, name: str = "pixels", steps: int = 4, backend: str | None = None
+) -> StreamInferencePipelineConfig:
+    """The config of a pixel model's pipeline.
+
+    Args:
+        path: its directory; the bundled demo model by default.
+        name: slug of the pipeline.
+        steps: denoising steps per chunk.
+        backend: see `anyflow_kernels.load_ops`; None is "auto".
+    Raises:
+        FileNotFoundError, ValueError: as `read_index`.
+    """
+    index = read_index(path)
+    return StreamInferencePipelineConfig(
+        name=name,
+        diffusion_model=DiffusionModelConfig(
+            transformer=AnyFlowFARStreamConfig(
+                path=str(path),
+                backend=backend,
+                context_encoder=WordEncoderConfig(path=str(Path(path) / "text_encoder")),
+                height=index.height,
+                width=index.width,
+            ),
+            scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps, shift=index.shift),
+        ),
+        decoder=PixelDecoderConfig(latent_range=index.latent_range),
+    )
+
+
+def pixel_encoder(path: str | os.PathLike[str] = DEMO_MODEL, pixel_range: str = "signed") -> PixelEncoderConfig:
+    """The config of the encoder that makes given frames latents of that model."""
+    return PixelEncoderConfig(latent_range=read_index(path).latent_range, pixel_range=pixel_range)

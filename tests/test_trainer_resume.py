@@ -1,0 +1,204 @@
+"""A training run continues to the same bits, whatever stopped it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from anyflow_runtime.training import trainer_checkpoint as checkpoints
+from anyflow_runtime.training.recipes_config import config_to_dict
+from anyflow_runtime.training.trainer import train
+from anyflow_runtime.training.trainer_log import MetricsFile, Progress, duration
+from anyflow_runtime.training.trainer_models import Networks
+from anyflow_runtime.training.trainer_phase import TrainingPhase
+
+from .trainer_runs import (
+    DEMO,
+    Killed,
+    assert_same_bits,
+    checkpoint,
+    metrics,
+    on_policy_config,
+    tiny,
+    write_on_policy_inputs,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    train(tiny(), out, io.StringIO())
+    return out
+
+
+def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path) -> None:
+    """SIGKILL in another process after its first checkpoint; weights, average, optimiser and metrics end up equal."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(config_to_dict(tiny())))
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "anyflow_runtime.cli", "train", str(config), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoints" / "step-00000002").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "model").exists()
+    train(tiny(), out, io.StringIO())
+    assert_same_bits(checkpoint(out, 8), checkpoint(whole, 8))
+    assert metrics(out) == metrics(whole)
+    for name in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+def test_a_run_stopped_at_any_step_continues_to_the_same_bits(stop, whole, monkeypatch, tmp_path) -> None:
+    """Before the first checkpoint, within a phase, between the phases, and at the last step."""
+    original = TrainingPhase.step
+
+    def stopped(self, step, local):
+        if step == stop:
+            raise Killed
+        return original(self, step, local)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingPhase, "step", stopped)
+        with pytest.raises(Killed):
+            train(tiny(), tmp_path, io.StringIO())
+    train(tiny(), tmp_path, io.StringIO())
+    assert_same_bits(checkpoint(tmp_path, 8), checkpoint(whole, 8))
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_on_policy_training_continues_to_the_same_bits(monkeypatch, tmp_path) -> None:
+    """Student, fake score and discriminator heads, with their optimisers; stopped after the first step."""
+    write_on_policy_inputs(tmp_path)
+    config = on_policy_config(tmp_path, on_policy={"gan": {"blocks": [0]}})
+    train(config, tmp_path / "whole", io.StringIO())
+    original = TrainingPhase.step
+
+    def stopped(self, step, local):
+        if step == 1:
+            raise Killed
+        return original(self, step, local)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingPhase, "step", stopped)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "run", io.StringIO())
+    train(config, tmp_path / "run", io.StringIO())
+    state = checkpoint(tmp_path / "run", 3)
+    assert any(name.startswith("heads.") for name in state["networks"]["fake"]["optimiser"])
+    assert_same_bits(state, checkpoint(tmp_path / "whole", 3))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_model_that_a_killed_run_did_not_write_is_written_later(whole, monkeypatch, tmp_path) -> None:
+    """Death between the last checkpoint of a phase and its model directory."""
+
+    def die(self, path):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Networks, "export", die)
+        with pytest.raises(Killed):
+            train(tiny(), tmp_path, io.StringIO())
+    train(tiny(), tmp_path, io.StringIO())
+    for name in ("phase-0-flow_matching", "phase-1-flow_map"):
+        file = f"{name}/transformer/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "save", "fsync", "sync_directory", "rename", "rmtree"])
+def test_a_death_at_any_operation_of_a_save_keeps_a_whole_checkpoint(operation, monkeypatch, tmp_path) -> None:
+    for step in (1, 2):
+        checkpoints.save_checkpoint(tmp_path, step, {"step": step}, keep=1)
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    place = {
+        "mkdir": (Path, "mkdir"),
+        "save": (torch, "save"),
+        "fsync": (os, "fsync"),
+        "sync_directory": (checkpoints, "sync_directory"),
+        "rename": (Path, "rename"),
+        "rmtree": (checkpoints.shutil, "rmtree"),
+    }[operation]
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, die)
+        with pytest.raises(Killed):
+            checkpoints.save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
+    loaded = checkpoints.load_checkpoint(tmp_path)
+    assert loaded == {"step": 3 if operation == "rmtree" else 2}
+    checkpoints.save_checkpoint(tmp_path, 4, {"step": 4}, keep=1)
+    assert checkpoints.load_checkpoint(tmp_path) == {"step": 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def test_a_finished_run_is_only_exported_again(whole, tmp_path) -> None:
+    before = metrics(whole)
+    stream = io.StringIO()
+    train(tiny(), whole, stream)
+    assert "continuing after step 8" in stream.getvalue() and metrics(whole) == before
+
+
+def test_another_config_is_refused_by_name(whole) -> None:
+    with pytest.raises(ValueError, match=r"another \['batch_size', 'seed'\]|another \['seed', 'batch_size'\]"):
+        train(tiny(seed=6, batch_size=2), whole, io.StringIO())
+
+
+def test_a_run_from_before_a_setting_existed_is_continued(tmp_path) -> None:
+    """Its config lacks the key; the default stands for it, another value is another config."""
+    train(tiny(), tmp_path, io.StringIO())
+    path = tmp_path / "checkpoints" / "step-00000008" / "rank-00000.pt"
+    content = checkpoint(tmp_path, 8)
+    stored = json.loads(content["config"])
+    for phase in stored["phases"]:
+        del phase["decay"]
+    torch.save(content | {"config": json.dumps(stored)}, path)
+    train(tiny(), tmp_path, io.StringIO())
+    with pytest.raises(ValueError, match=r"another \['phases'\]"):
+        train(tiny(phases=[DEMO["phases"][0], DEMO["phases"][1] | {"decay": 2}]), tmp_path, io.StringIO())
+
+
+def test_old_checkpoints_go_and_the_newest_stay(whole) -> None:
+    assert [step for step, _ in checkpoints.step_directories(whole / "checkpoints")] == [6, 8]
+
+
+def test_a_checkpoint_of_other_processes_is_refused(tmp_path) -> None:
+    checkpoints.save_checkpoint(tmp_path, 1, {}, keep=1)
+    (tmp_path / "step-00000001" / "rank-00001.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="written by 2 processes"):
+        checkpoints.load_checkpoint(tmp_path)
+
+
+def test_metrics_lose_repeated_steps_and_a_half_line(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    MetricsFile(path, 2).write({"step": 2, "loss": 0.5})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0},
+        {"step": 1},
+        {"step": 2, "loss": 0.5},
+    ]
+
+
+def test_progress_tells_the_time_left(monkeypatch) -> None:
+    """4 steps in 8 s since the start at step 2: 14 more take 28 s."""
+    clock = iter((100.0, 108.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    stream = io.StringIO()
+    Progress(2, 20, stream).show(6, {"loss": 0.25})
+    assert stream.getvalue() == "step 6/20  loss 0.25  2 s/step  28 s left\n"
+    assert (duration(75), duration(7500)) == ("1 min 15 s", "2 h 05 min")
