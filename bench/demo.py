@@ -25,11 +25,11 @@ from .contact_sheet import contact_sheet
 
 STEPS = (1, 2, 4, 8)
 CAPTIONS = (
-    "a red circle moves right over black",
-    "a blue square moves slowly up over grey",
-    "a yellow triangle moves quickly left over navy",
-    "a white square moves down over black",
-    "a green circle moves quickly up over navy",
+    "a red circle moves left over black",
+    "a blue square moves slowly right over navy",
+    "a yellow square moves quickly up over grey",
+    "a green triangle moves down over navy",
+    "a white circle moves quickly left over grey",
     "a red triangle moves left and a white circle moves right over grey",
 )
 COLUMNS = {

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Everything that needs a GPU, in one command: build, tests, memory checks, kernel benches, whole rollouts.
-# Usage: scripts/gpu_session.sh OUT [python] [check|kernels|rollouts|all]
+# Usage: scripts/gpu_session.sh OUT [python] [check|kernels|rollouts|training|all]
 # OUT takes the logs and JSON rows; copy what is to stay to bench/results/. Each part fits a ten-minute call by itself.
 # The python must have torch >= 2.11 with CUDA, triton, pytest and hypothesis; diffusers adds its rivals and parity tests.
 set -u
-out=${1:?usage: scripts/gpu_session.sh OUT [python] [check|kernels|rollouts|all]}
+out=${1:?usage: scripts/gpu_session.sh OUT [python] [check|kernels|rollouts|training|all]}
 python=${2:-python3}
 part=${3:-all}
 cd "$(dirname "$0")/.." || exit 1
@@ -47,6 +47,13 @@ case $part in rollouts | all)
     step rollout_14B 200 "$python" -m bench.rollout --model 14B --steps 1 4 --json "$out/rollout_14B.json"
     if "$python" -c "import diffusers" 2>/dev/null; then
         step rivals 400 "$python" -m bench.rollout --model 1.3B --steps 4 --rivals --json "$out/rivals_1.3B.json"
+    fi
+    ;;
+esac
+case $part in training | all)
+    step training_step 300 "$python" -m bench.training_step --json "$out/training_step.json"
+    if "$python" -c "import diffusers" 2>/dev/null; then
+        step vae_decode 200 "$python" -m bench.vae_decode --height 480 --width 832 --dtype bfloat16 --json "$out/vae_decode.json"
     fi
     ;;
 esac

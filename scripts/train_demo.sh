@@ -4,7 +4,7 @@
 #
 #     scripts/train_demo.sh OUT [PYTHON] [SEED ...]
 #
-# Run again, it continues. The shipped weights are OUT/seed-0/flow-map/model.
+# Run again, it continues. The shipped weights are OUT/seed-0/on-policy/model.
 set -euo pipefail
 OUT=${1:?directory for the runs}
 PYTHON=${2:-.venv/bin/python}
