@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow_kernels.launch_tables import keep_tables
+
 Step = Callable[..., Tensor]
 Replay = Callable[[], None]
 Capture = Callable[[Step, tuple[Tensor, ...], Any], tuple[Replay, Tensor]]
@@ -79,8 +81,9 @@ class StepGraphs:
             if self._pool is None and inputs[0].is_cuda:
                 self._pool = torch.cuda.graph_pool_handle()
             buffers = tuple(x.clone() for x in inputs)
-            replay, output = self._capture(step, buffers, self._pool)
-            captured = self._captured[signature] = _Captured(buffers, replay, output, reads)
+            with keep_tables() as tables:
+                replay, output = self._capture(step, buffers, self._pool)
+            captured = self._captured[signature] = _Captured(buffers, replay, output, (reads, tables))
             self.captures += 1
         for buffer, value in zip(captured.inputs, inputs, strict=True):
             buffer.copy_(value)

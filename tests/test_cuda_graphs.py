@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from anyflow_kernels import AttentionPlan
+from anyflow_kernels.triton_ops import tile_schedule
+from anyflow_kernels.triton_ops.tile_schedule import encode, query_schedule
 from anyflow_runtime import FarCache, cuda_graphs
 from anyflow_runtime.cuda_graphs import StepGraphs
 from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
@@ -202,6 +206,28 @@ def test_a_result_survives_the_next_replay() -> None:
     graphs = StepGraphs(record)
     results = [graphs.run("key", lambda x: 2 * x, torch.full((2,), float(i))) for i in range(4)]
     assert [r[0].item() for r in results] == [0.0, 2.0, 4.0, 6.0]
+
+
+def test_a_captured_step_keeps_the_tables_its_kernels_read() -> None:
+    """The cache of schedules is bounded: what it drops, a replay may still read."""
+    graphs, x, ranges = StepGraphs(record), torch.ones(2), tuple(encode(AttentionPlan.dense(37, 41).ranges))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        query_schedule(ranges, 2, 16, 16, 7, None, 0, torch.device("cpu"))
+        return x
+
+    for _ in range(2):
+        graphs.run("key", step, x)
+    table = weakref.ref(query_schedule(ranges, 2, 16, 16, 7, None, 0, torch.device("cpu")).items)
+    tile_schedule._query_schedule.cache_clear()
+    assert table() is not None
+    graphs.clear()
+    assert table() is None
+
+
+def test_a_moved_model_keeps_no_memory(model: Any) -> None:
+    rollout(model, torch.randn(1, 5, 8), graphs=True)
+    assert not model.to(torch.float64).idle_workspaces._idle
 
 
 def test_finished_chunks_are_forgotten() -> None:

@@ -102,6 +102,7 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnyFlowModel:
         super()._apply(fn, recurse)
         self.fuse_projections()  # `.to()` moves each parameter to a storage of its own
+        self.idle_workspaces.clear()  # moved weights make captured steps worthless
         return self
 
     @property
