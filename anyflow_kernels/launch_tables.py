@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
 _KEPT: ContextVar[list[Any] | None] = ContextVar("kept_launch_tables", default=None)
 
@@ -22,9 +24,14 @@ def keep_tables() -> Iterator[list[Any]]:
         _KEPT.reset(token)
 
 
-def read_by_launch(table: Table) -> Table:
-    """`table`, noted for `keep_tables`."""
-    kept = _KEPT.get()
-    if kept is not None:
-        kept.append(table)
-    return table
+def read_by_launches(make: Callable[Arguments, Table]) -> Callable[Arguments, Table]:
+    """Decorator of a function, itself cached, whose tables launches read: `keep_tables` notes them."""
+
+    @functools.wraps(make)
+    def noted(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
+        table, kept = make(*args, **kwargs), _KEPT.get()
+        if kept is not None:
+            kept.append(table)
+        return table
+
+    return noted

@@ -140,7 +140,7 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     linear = load_ops("torch").linear
-    seconds = interleaved_medians({"torch": lambda: a @ b, "ours": lambda: linear(a, b)}, repeats=10)
+    seconds = interleaved_medians({"torch": lambda: a @ b, "ours": lambda: linear(a, b, None)}, repeats=10)
     return 2 * n**3 / min(seconds.values())
 
 

@@ -100,6 +100,12 @@ def test_a_wrong_gradient_of_attention_has_no_speed(dtype):
             far_attention.gradient_parity(stopped, q, k, v, plan)
 
 
+def test_ceilings_are_measured() -> None:
+    """The command's test puts numbers in their place, for a machine under test is no yardstick."""
+    copy, gemm = kernel_bench.copy_bandwidth("cpu"), kernel_bench.gemm_rate("cpu", torch.float32)
+    assert 1e8 < copy < 1e13 and 1e8 < gemm < 1e15
+
+
 @pytest.mark.parametrize("operation", ["unpatchify", "far_attention"])
 def test_a_bench_ends_in_json_and_draws(operation, no_compiler, monkeypatch, capsys, tmp_path):
     """The whole command on a CPU: machine first, ceilings, what was skipped, every contestant, JSON last, a picture."""

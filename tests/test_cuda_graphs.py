@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from anyflow_kernels import AttentionPlan
-from anyflow_kernels.triton_ops import tile_schedule
 from anyflow_kernels.triton_ops.tile_schedule import encode, query_schedule
 from anyflow_runtime import FarCache, cuda_graphs
 from anyflow_runtime.cuda_graphs import StepGraphs
@@ -219,7 +218,7 @@ def test_a_captured_step_keeps_the_tables_its_kernels_read() -> None:
     for _ in range(2):
         graphs.run("key", step, x)
     table = weakref.ref(query_schedule(ranges, 2, 16, 16, 7, None, 0, torch.device("cpu")).items)
-    tile_schedule._query_schedule.cache_clear()
+    query_schedule.__wrapped__.cache_clear()
     assert table() is not None
     graphs.clear()
     assert table() is None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launch_tables import read_by_launch
+from ..launch_tables import read_by_launches
 
 Ranges = tuple[tuple[int, int], ...]
 Runs = tuple[tuple[int, int, Ranges], ...]
@@ -107,6 +107,8 @@ def transpose(runs: Runs, num_keys: int) -> Runs:
     return tuple(result)
 
 
+@read_by_launches
+@lru_cache(maxsize=512)
 def query_schedule(
     flat: tuple[int, ...],
     heads: int,
@@ -126,11 +128,11 @@ def query_schedule(
         split_cost: blocks of the longest program that splitting keys must save to be worth the merge; None never
             splits.
     """
-    return read_by_launch(
-        _query_schedule(flat, heads, block_rows, block_columns, programs, split_cost, phantom_keys, device)
-    )
+    return _build(decode(flat), heads, block_rows, block_columns, programs, split_cost, phantom_keys, device)
 
 
+@read_by_launches
+@lru_cache(maxsize=512)
 def key_schedule(
     flat: tuple[int, ...],
     num_keys: int,
@@ -141,27 +143,6 @@ def key_schedule(
 ) -> Schedule:
     """Tiles of keys with the query ranges that see them, one per program, longest first. Arguments as in
     `query_schedule`."""
-    return read_by_launch(_key_schedule(flat, num_keys, heads, block_rows, block_columns, device))
-
-
-@lru_cache(maxsize=512)
-def _query_schedule(
-    flat: tuple[int, ...],
-    heads: int,
-    block_rows: int,
-    block_columns: int,
-    programs: int,
-    split_cost: int | None,
-    phantom_keys: int,
-    device: torch.device,
-) -> Schedule:
-    return _build(decode(flat), heads, block_rows, block_columns, programs, split_cost, phantom_keys, device)
-
-
-@lru_cache(maxsize=512)
-def _key_schedule(
-    flat: tuple[int, ...], num_keys: int, heads: int, block_rows: int, block_columns: int, device: torch.device
-) -> Schedule:
     runs = transpose(decode(flat), num_keys)
     return _build(runs, heads, block_rows, block_columns, heads * (num_keys + len(runs)), None, 0, device)
 

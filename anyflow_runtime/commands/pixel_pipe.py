@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..decoders.pixels import PixelDecoder, PixelDecoderConfig
-from ..encoders.words import WordEncoderConfig
+from ..decoders.pixels import PixelDecoder
 from ..models import AnyFlowFARTransformer3DModel
-from ..streaming.pixel_model import pixel_encoder, read_index
+from ..streaming.pixel_model import pixel_encoder, pixel_pipeline
 
 
 class PixelPipe:
@@ -30,18 +30,18 @@ class PixelPipe:
     tokenizer = None
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype, backend: str) -> None:
-        index = read_index(path)
+        self._config: Any = pixel_pipeline(path)
+        model: Any = self._config.diffusion_model
         self.transformer = AnyFlowFARTransformer3DModel.from_pretrained(
             path, subfolder="transformer", dtype=dtype, device=device, backend=backend
         )
-        self.text_encoder = WordEncoderConfig(path=str(path / "text_encoder")).setup().to(device, dtype)
+        self.text_encoder = model.transformer.context_encoder.setup().to(device, dtype)
         self.encoder = pixel_encoder(path, pixel_range="unit").setup()
-        self.scheduler = SimpleNamespace(config=SimpleNamespace(shift=index.shift, num_train_timesteps=1000))
-        self._latent_range = index.latent_range
+        self.scheduler = SimpleNamespace(config=model.scheduler)
 
     def decoder(self) -> PixelDecoder:
         """A decoder to [-1, 1]."""
-        return PixelDecoderConfig(latent_range=self._latent_range).setup()
+        return self._config.decoder.setup()
 
     def encode_prompt(
         self, prompt: str, negative_prompt: str | None, do_classifier_free_guidance: bool, **_: object

@@ -1,8 +1,7 @@
 """The AnyFlow transformer block and the modules of its parameters.
 
 A block defers its last gated residual to the next one: it takes `(x, branch, gate)` and returns the same triple, so
-    that
-`x + gate * branch` and the following modulated LayerNorm are a single pass over the tokens.
+that `x + gate * branch` and the following modulated LayerNorm are a single pass over the tokens.
 Source: Wan2.1's DiT block; parameter names are those of diffusers' AnyFlow classes.
 """
 

@@ -1,8 +1,7 @@
 """The causal AnyFlow model (FAR): video chunk by chunk, older chunks as compressed context.
 
 Source: FAR (arXiv 2503.19325) and AnyFlow (arXiv 2605.13724) on the Wan2.1 backbone; constructor, parameters and
-    forward of
-diffusers' `AnyFlowFARTransformer3DModel`.
+forward of diffusers' `AnyFlowFARTransformer3DModel`.
 """
 
 from __future__ import annotations

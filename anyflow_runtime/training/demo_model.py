@@ -51,12 +51,26 @@ class DemoModel(nn.Module):
         self.transformer = AnyFlowFARTransformer3DModel(**(TRANSFORMER | config), backend=backend)
         self.text_encoder = demo_text_encoder(self.transformer.config.text_dim)
 
+    @torch.no_grad()
     def generate(
         self, captions: Sequence[str], steps: int, size: int = 16, seed: int = 0, shift: float = 2.0
     ) -> Tensor:
-        """Videos of the model's chunk partition, (B, F, 3, size, size); see `generate`."""
-        partition = self.transformer.config.chunk_partition
-        return generate(self.transformer, self.text_encoder, captions, steps, partition, (size, size), seed, shift)
+        """Videos of the model's chunk partition, (B, F, 3, size, size) in AMPLITUDE times RGB.
+
+        Args:
+            steps: flow-map steps per chunk.
+            seed: of the noise, drawn on the CPU.  shift: of the schedule.
+
+        Raises:
+            ValueError: on captions with words that are not in the vocabulary.
+        """
+        model: Any = self.transformer
+        partition, text = model.config.chunk_partition, self.text_encoder(captions)
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(captions), sum(partition), 3, size, size, generator=generator)
+        return far_rollout(
+            model, noise.to(text.device), text, partition, list(pairwise(schedule(steps, shift))), model.dtype
+        )
 
     def save(self, path: str | os.PathLike[str], size: tuple[int, int] = (16, 16), shift: float = 2.0) -> None:
         """Write a directory that `load`, `pixel_pipeline` and `anyflow generate --model` read.
@@ -88,31 +102,3 @@ def save_pixel_parts(
     """Write what a pixel model's directory holds beside its transformer."""
     text_encoder.save(Path(path) / TEXT_FOLDER)
     PixelModelIndex(*size, shift=shift, latent_range=(0.0, AMPLITUDE)).save(path)
-
-
-@torch.no_grad()
-def generate(
-    transformer: nn.Module,
-    text_encoder: Any,
-    captions: Sequence[str],
-    steps: int,
-    partition: Sequence[int],
-    size: tuple[int, int],
-    seed: int = 0,
-    shift: float = 2.0,
-) -> Tensor:
-    """Videos (B, F, 3, H, W) in AMPLITUDE times RGB, F = sum(partition), chunk by chunk.
-
-    Args:
-        steps: flow-map steps per chunk.
-        size: (H, W).  seed: of the noise, drawn on the CPU.  shift: of the schedule.
-
-    Raises:
-        ValueError: on captions with words that are not in the vocabulary.
-    """
-    model: Any = transformer
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(captions), sum(partition), 3, *size, generator=generator)
-    text = text_encoder(captions)
-    segments = list(pairwise(schedule(steps, shift)))
-    return far_rollout(model, noise.to(text.device), text, partition, segments, model.dtype)
