@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow_runtime.decoders import (
+from anyflow_runtime.decoders import DecoderConfig, StreamingDecoder, StreamingDecoderCache
+from anyflow_runtime.streaming import (
     AsyncDecoder,
-    DecoderConfig,
-    StreamingDecoder,
-    StreamingDecoderCache,
+    Change,
+    StreamInferencePipeline,
     decode_behind,
+    derive_config,
+    library,
+    stream,
 )
-from anyflow_runtime.streaming import Change, StreamInferencePipeline, derive_config, library, stream
 
 from .test_streaming_library import CHANNELS, PARTITION, noise_of, pixel_pipeline
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_runtime.decoders import AsyncDecoder, WanVAEStreamDecoderConfig
+from anyflow_runtime.decoders import WanVAEStreamDecoderConfig
 from anyflow_runtime.decoders.wan_blocks import UpsampleConv
 from anyflow_runtime.encoders import WanVAEEncoderConfig
+from anyflow_runtime.streaming import AsyncDecoder
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -213,7 +213,7 @@ def _make_whole(
     context_latents: Tensor | None,
 ) -> None:
     """Denoise the whole video, then decode and write it."""
-    from ..streaming.errors import check_finite, check_finite_weights
+    from ..errors import check_finite, check_finite_weights
     from ..video_io import VideoWriter
     from . import generate_stages as stages
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..acceleration import accelerate
+from ..errors import check_finite, check_finite_weights
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from ..streaming.errors import check_finite, check_finite_weights
 from . import UsageError
 from .generate_request import GenerateRequest
 from .model_directory import TEXT_COMPONENTS, ModelDirectory

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoders.async_decoder import AsyncDecoder, decode_behind
 from ..decoders.base import StreamingVideoDecoder
 from ..decoders.wan_vae import WanVAEStreamDecoder, WanVAEStreamDecoderConfig
 from ..encoders.base import Encoder
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
 from ..encoders.wan_vae import WanVAEEncoder, WanVAEEncoderConfig
+from ..errors import check_finite, check_finite_weights
 from ..models import AnyFlowFARTransformer3DModel
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from ..streaming import (
@@ -28,7 +28,7 @@ from ..streaming import (
     StreamInferencePipelineConfig,
     stream,
 )
-from ..streaming.errors import check_finite, check_finite_weights
+from ..streaming.async_decoder import AsyncDecoder, decode_behind
 from .generate_request import GenerateRequest
 from .pixel_pipe import PixelPipe
 from .stages import StageClock

@@ -7,20 +7,17 @@ from typing import Any
 
 # Loaded on first use, so that the contracts cost no import of the models.
 _EXPORTS = {
-    "AsyncDecoder": "async_decoder",
     "DecoderConfig": "base",
-    "PendingFrames": "async_decoder",
     "PixelDecoder": "pixels",
     "PixelDecoderConfig": "pixels",
-    "StreamOrderError": "..encoders.causal_time",
+    "StreamOrderError": "..causal_time",
     "StreamingDecoder": "base",
     "StreamingDecoderCache": "base",
     "StreamingVideoDecoder": "base",
-    "TemporalSizeError": "..encoders.causal_time",
+    "TemporalSizeError": "..causal_time",
     "WanVAEStreamDecoder": "wan_vae",
     "WanVAEStreamDecoderCache": "wan_vae",
     "WanVAEStreamDecoderConfig": "wan_vae",
-    "decode_behind": "async_decoder",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders.causal_time import StreamOrderError
+from ..causal_time import StreamOrderError
 from ..encoders.tiles import History, Tiling, check_tiles, latent_tiles
 from ..encoders.wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
 from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder

@@ -13,11 +13,11 @@ _EXPORTS = {
     "NullEncoderConfig": "base",
     "PixelEncoder": "pixels",
     "PixelEncoderConfig": "pixels",
-    "StreamOrderError": "causal_time",
+    "StreamOrderError": "..causal_time",
     "StreamingEncoder": "base",
     "StreamingEncoderCache": "base",
     "StreamingVideoEncoder": "base",
-    "TemporalSizeError": "causal_time",
+    "TemporalSizeError": "..causal_time",
     "UMT5TextEncoder": "text",
     "UMT5TextEncoderConfig": "text",
     "WanVAEEncoder": "wan_vae",
@@ -33,7 +33,8 @@ __all__ = sorted(_EXPORTS)
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    module = _EXPORTS[name]
+    return getattr(importlib.import_module(module if module.startswith(".") else f".{module}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -12,8 +12,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from ..streaming.config import InstantiateConfig
-from .causal_time import latent_frames, pixel_frames
+from ..causal_time import latent_frames, pixel_frames
+from ..config import InstantiateConfig
 
 
 @dataclass(frozen=True, kw_only=True)

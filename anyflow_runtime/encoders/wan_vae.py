@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..causal_time import StreamOrderError
 from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder
-from .causal_time import StreamOrderError
 from .tiles import History, Tiling, check_tiles, latent_tiles
 from .wan_blocks import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
 from .wan_blocks import attention_block as attention

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..streaming.config import InstantiateConfig
+from ..config import InstantiateConfig
 
 FlowFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 

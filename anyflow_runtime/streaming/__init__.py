@@ -6,22 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import FrozenDict as FrozenDict
-    from .config import InstantiateConfig as InstantiateConfig
-    from .config import PrintableConfig as PrintableConfig
-    from .config import derive_config as derive_config
+    from ..config import FrozenDict as FrozenDict
+    from ..config import InstantiateConfig as InstantiateConfig
+    from ..config import PrintableConfig as PrintableConfig
+    from ..config import derive_config as derive_config
 
 # Loaded on first use: the schedulers import `streaming.config`, and the pipeline imports the schedulers.
 _NAMES_OF = {
+    "async_decoder": ("AsyncDecoder", "PendingFrames", "decode_behind"),
     "adapter": ("AnyFlowStream", "AnyFlowStreamConfig", "Condition"),
     "bidirectional_stream": (
         "AnyFlowBidirectionalStream",
         "AnyFlowBidirectionalStreamCache",
         "AnyFlowBidirectionalStreamConfig",
     ),
-    "config": ("FrozenDict", "InstantiateConfig", "PrintableConfig", "derive_config"),
+    "..config": ("FrozenDict", "InstantiateConfig", "PrintableConfig", "derive_config"),
     "diffusion_model": ("DiffusionModel", "DiffusionModelConfig", "FinalState"),
-    "errors": ("LifecycleError", "NonFiniteError"),
+    "..errors": ("LifecycleError", "NonFiniteError"),
     "far_stream": ("AnyFlowFARStream", "AnyFlowFARStreamCache", "AnyFlowFARStreamConfig"),
     "kv_cache": ("RollingKVCache",),
     "library": ("Change", "stream"),

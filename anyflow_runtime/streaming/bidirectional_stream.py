@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LifecycleError
 from ..models.bidirectional import AnyFlowTransformer3DModel
 from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
-from .errors import LifecycleError
 from .transformer import TransformerAutoregressiveCache
 
 RELEASED_FRAMES = 21  # latent frames of the 81 the released models are trained on

@@ -14,9 +14,9 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
+from ..config import InstantiateConfig, derive_config
+from ..errors import check_finite, check_finite_weights
 from ..schedulers.base import Scheduler, SchedulerConfig
-from .config import InstantiateConfig, derive_config
-from .errors import check_finite, check_finite_weights
 from .transformer import Transformer, TransformerCacheT, TransformerConfig
 
 

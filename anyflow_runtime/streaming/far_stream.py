@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..cache import FarCache
+from ..errors import LifecycleError
 from ..models.far import AnyFlowFARTransformer3DModel
 from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
-from .errors import LifecycleError
 from .transformer import TransformerAutoregressiveCache
 
 

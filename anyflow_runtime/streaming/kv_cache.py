@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anyflow_kernels.reference import rotate
 
-from .errors import LifecycleError
+from ..errors import LifecycleError
 
 
 class RollingKVCache:

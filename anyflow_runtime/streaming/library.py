@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decoders.async_decoder import AsyncDecoder, PendingFrames, decode_behind
+from ..errors import check_finite
 from .adapter import AnyFlowStream, check_partition
-from .errors import check_finite
+from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache
 
 Prompt = Any  # a string, several, or text embeddings

@@ -20,11 +20,11 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 
+from ..config import InstantiateConfig
 from ..decoders.base import DecoderConfig, StreamingDecoderCacheT
 from ..encoders.base import EncoderConfig, StreamingEncoderCacheT
-from .config import InstantiateConfig
+from ..errors import LifecycleError, check_finite, check_finite_weights, noting
 from .diffusion_model import DiffusionModel, DiffusionModelConfig, FinalState
-from .errors import LifecycleError, check_finite, check_finite_weights, noting
 from .profiler import EventProfiler
 from .transformer import Transformer, TransformerCacheT
 

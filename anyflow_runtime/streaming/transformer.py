@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .config import InstantiateConfig
+from ..config import InstantiateConfig
 
 
 class TransformerAutoregressiveCache:

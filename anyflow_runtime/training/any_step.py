@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streaming.config import derive_config
+from ..config import derive_config
 from ..streaming.library import stream
 from ..streaming.pipeline import StreamInferencePipeline
 from ..streaming.pixel_model import DEMO_MODEL, pixel_pipeline

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streaming.errors import noting
+from ..errors import noting
 
 
 @dataclass(frozen=True)
