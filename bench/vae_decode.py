@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyflow_runtime.decoders import WanVAEStreamDecoderCache, WanVAEStreamDecoderConfig
+from anyflow_runtime.wan_vae import WanVAEStreamDecoderCache, WanVAEStreamDecoderConfig
 from bench.common import check_close, interleaved_medians, machine_line, write_rows
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}

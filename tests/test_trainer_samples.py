@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from anyflow_runtime.decoders import WanVAEStreamDecoderConfig
 from anyflow_runtime.training import BidirectionalVelocity, GlobalBatch, far_rollout, rollout
 from anyflow_runtime.training.data import open_source
 from anyflow_runtime.training.trainer import train
 from anyflow_runtime.video_io import read_video
+from anyflow_runtime.wan_vae import WanVAEStreamDecoderConfig
 
 from .trainer_runs import FAR, FAR_ONLY, tiny, write_shards, write_video_model
 

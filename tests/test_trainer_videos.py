@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_runtime.encoders import UMT5TextEncoderConfig, WanVAEEncoderConfig
+from anyflow_runtime.encoders import UMT5TextEncoderConfig
 from anyflow_runtime.training import GlobalBatch, data_videos, distributed, encode_videos
 from anyflow_runtime.training.data_files import SafetensorsSource
 from anyflow_runtime.training.data_videos import Clip, find_clips, open_videos, read_clip
 from anyflow_runtime.training.recipes_config import DataSettings
 from anyflow_runtime.training.trainer import train
 from anyflow_runtime.video_io import VideoReadError, VideoWriter, read_video
+from anyflow_runtime.wan_vae import WanVAEEncoderConfig
 
 from .trainer_runs import FAR, assert_same_bits, checkpoint, tiny, write_video_model
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_runtime.decoders import WanVAEStreamDecoderConfig
-from anyflow_runtime.decoders.wan_blocks import UpsampleConv
-from anyflow_runtime.encoders import WanVAEEncoderConfig
 from anyflow_runtime.streaming import AsyncDecoder
+from anyflow_runtime.wan_vae import WanVAEEncoderConfig, WanVAEStreamDecoderConfig
+from anyflow_runtime.wan_vae.decoder_layers import UpsampleConv
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from anyflow_runtime.decoders import WanVAEStreamDecoderConfig
-from anyflow_runtime.encoders import WanVAEEncoderConfig
+from anyflow_runtime.wan_vae import WanVAEEncoderConfig, WanVAEStreamDecoderConfig
 
 pytest.importorskip("diffusers")
 

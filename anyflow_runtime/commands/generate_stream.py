@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from ..decoders.base import StreamingVideoDecoder
-from ..decoders.wan_vae import WanVAEStreamDecoder, WanVAEStreamDecoderConfig
 from ..encoders.base import Encoder
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
-from ..encoders.wan_vae import WanVAEEncoder, WanVAEEncoderConfig
 from ..errors import check_finite, check_finite_weights
 from ..models import AnyFlowFARTransformer3DModel
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
@@ -29,6 +27,8 @@ from ..streaming import (
     stream,
 )
 from ..streaming.async_decoder import AsyncDecoder, decode_behind
+from ..wan_vae.decoder import WanVAEStreamDecoder, WanVAEStreamDecoderConfig
+from ..wan_vae.encoder import WanVAEEncoder, WanVAEEncoderConfig
 from .generate_request import GenerateRequest
 from .pixel_pipe import PixelPipe
 from .stages import StageClock

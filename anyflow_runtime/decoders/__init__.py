@@ -15,9 +15,6 @@ _EXPORTS = {
     "StreamingDecoderCache": "base",
     "StreamingVideoDecoder": "base",
     "TemporalSizeError": "..causal_time",
-    "WanVAEStreamDecoder": "wan_vae",
-    "WanVAEStreamDecoderCache": "wan_vae",
-    "WanVAEStreamDecoderConfig": "wan_vae",
 }
 
 __all__ = sorted(_EXPORTS)

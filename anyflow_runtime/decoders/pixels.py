@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encoders.base import check_frames
 from ..encoders.pixels import check_range
-from ..encoders.wan_loading import check_frames
 from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
 
 

@@ -20,9 +20,6 @@ _EXPORTS = {
     "TemporalSizeError": "..causal_time",
     "UMT5TextEncoder": "text",
     "UMT5TextEncoderConfig": "text",
-    "WanVAEEncoder": "wan_vae",
-    "WanVAEEncoderCache": "wan_vae",
-    "WanVAEEncoderConfig": "wan_vae",
     "WordEncoder": "words",
     "WordEncoderConfig": "words",
 }

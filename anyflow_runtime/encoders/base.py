@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..causal_time import latent_frames, pixel_frames
 from ..config import InstantiateConfig
@@ -107,3 +107,13 @@ class NullEncoder(Encoder, StreamingEncoder[StreamingEncoderCache]):
     def forward(self, input: Any, autoregressive_index: int = 0, cache: StreamingEncoderCache | None = None) -> Any:
         """`input`, unchanged."""
         return input
+
+
+def check_frames(name: str, x: Any, channels: int) -> None:
+    """Raise unless `x` is a floating-point tensor (..., T, channels, height, width) with something in it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor (..., T, {channels}, H, W), got {type(x).__name__}")
+    if x.ndim < 4 or x.shape[-3] != channels or 0 in x.shape:
+        raise ValueError(f"{name}: expected shape (..., T, {channels}, H, W), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder
-from .wan_loading import check_frames
+from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder, check_frames
 
 
 @dataclass(frozen=True, kw_only=True)

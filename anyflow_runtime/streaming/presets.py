@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from ..decoders.wan_vae import WanVAEStreamDecoderConfig
 from ..encoders.text import UMT5TextEncoderConfig
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
+from ..wan_vae.decoder import WanVAEStreamDecoderConfig
 from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig

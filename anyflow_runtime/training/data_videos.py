@@ -168,7 +168,7 @@ class _Encoders:
 
     def __init__(self, settings: DataSettings, device: torch.device) -> None:
         from ..encoders.text import UMT5TextEncoderConfig
-        from ..encoders.wan_vae import WanVAEEncoderConfig
+        from ..wan_vae.encoder import WanVAEEncoderConfig
 
         self.settings, self.device = settings, device
         path, length = settings.model, settings.text_length

@@ -126,7 +126,7 @@ class SampleClips:
 
     def _decoded(self, latents: list[Tensor]) -> list[Tensor]:
         """(rows, T, 3, H, W) in [-1, 1] on the CPU; the VAE takes memory only for as long as it decodes."""
-        from ..decoders.wan_vae import WanVAEStreamDecoderConfig
+        from ..wan_vae.decoder import WanVAEStreamDecoderConfig
 
         decoder: Any = WanVAEStreamDecoderConfig(path=self.vae).setup().to(latents[0].device)
         return [torch.stack([decoder(row).float().cpu() for row in column]) for column in latents]

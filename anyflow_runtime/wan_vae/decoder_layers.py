@@ -8,15 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..encoders.wan_blocks import (
-    CausalPass,
-    batch_as_frames,
-    causal_conv,
-    frames_as_batch,
-    head,
-    mid_block,
-    residual_block,
-)
+from .layers import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
 
 
 class UpsampleConv(nn.Module):

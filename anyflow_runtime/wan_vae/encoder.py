@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..causal_time import StreamOrderError
-from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder
+from ..encoders.base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder, check_frames
+from .layers import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
+from .layers import attention_block as attention
 from .tiles import History, Tiling, check_tiles, latent_tiles
-from .wan_blocks import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
-from .wan_blocks import attention_block as attention
-from .wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
+from .weights import latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
 
 PIXEL_RANGES = ("signed", "unit")
 

@@ -69,13 +69,3 @@ def spatial_ratio(vae: Any) -> int:
 def temporal_ratio(vae: Any) -> int:
     """Pixel frames / latent frames in the steady state."""
     return 2 ** sum(vae.config.temperal_downsample)
-
-
-def check_frames(name: str, x: Any, channels: int) -> None:
-    """Raise unless `x` is a floating-point tensor (..., T, channels, height, width) with something in it."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor (..., T, {channels}, H, W), got {type(x).__name__}")
-    if x.ndim < 4 or x.shape[-3] != channels or 0 in x.shape:
-        raise ValueError(f"{name}: expected shape (..., T, {channels}, H, W), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")

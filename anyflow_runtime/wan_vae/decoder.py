@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..causal_time import StreamOrderError
-from ..encoders.tiles import History, Tiling, check_tiles, latent_tiles
-from ..encoders.wan_loading import check_frames, latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
-from .base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
-from .wan_blocks import decode_frames, upsample_convs
+from ..decoders.base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
+from ..encoders.base import check_frames
+from .decoder_layers import decode_frames, upsample_convs
+from .tiles import History, Tiling, check_tiles, latent_tiles
+from .weights import latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
