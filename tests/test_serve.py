@@ -20,7 +20,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from anyflow_runtime.serving import uploads
 from anyflow_runtime.serving.app import create_app
-from anyflow_runtime.serving.limits import Limits, RequestError, check_change, check_start, chunks_of
+from anyflow_runtime.serving.errors import RequestError
+from anyflow_runtime.serving.limits import Limits, check_change, check_start, chunks_of
 from anyflow_runtime.serving.rollouts import Rollout, RolloutQueue
 from anyflow_runtime.serving.videos import VideoStore
 

@@ -125,7 +125,8 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
 
 
 def _limits(args: argparse.Namespace, model: ModelDirectory) -> Limits:
-    from ..serving.limits import Limits, RequestError
+    from ..serving.errors import RequestError
+    from ..serving.limits import Limits
 
     size = args.size or model.default_size
     height, width = args.max_size or size

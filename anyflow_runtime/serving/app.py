@@ -19,8 +19,9 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from .errors import RequestError
 from .guard import LOOPBACK, HostGuard
-from .limits import Limits, RequestError, check_change, check_start
+from .limits import Limits, check_change, check_start
 from .rollouts import Message, Rollout, RolloutQueue
 from .uploads import UploadStore, check_upload
 from .videos import VideoStore

@@ -8,14 +8,12 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from .errors import RequestError
+
 if TYPE_CHECKING:
     from .uploads import Upload
 
 MAX_SEED = 2**53 - 1  # the largest integer that JavaScript holds exactly
-
-
-class RequestError(ValueError):
-    """A message of the browser that asks for something that cannot be; the text is shown to the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .limits import Change, RequestError, RolloutRequest
+from .errors import RequestError
+from .limits import Change, RolloutRequest
 
 logger = logging.getLogger(__name__)
 

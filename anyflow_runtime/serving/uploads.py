@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..video_io import fitted
-from .limits import RequestError
+from .errors import RequestError
 
 MAX_PIXELS = 2**25  # of a picture or frame: 8K and a little more
 _PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # as Pillow calls them
