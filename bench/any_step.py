@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from anyflow_runtime.training.any_step import (
+from anyflow_runtime.training.demo.any_step import (
     MEASURES,
     MORE_IS_BETTER,
     STEPS,

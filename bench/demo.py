@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from anyflow_runtime.streaming.pixel_model import DEMO_MODEL, read_index
-from anyflow_runtime.training.any_step import HeldOut, continuation, evaluate, load, sample
-from anyflow_runtime.training.shapes import AMPLITUDE, parse_caption
+from anyflow_runtime.training.demo.any_step import HeldOut, continuation, evaluate, load, sample
+from anyflow_runtime.training.demo.shapes import AMPLITUDE, parse_caption
 from anyflow_runtime.video_io import VideoWriter
 
 from .common import machine_line

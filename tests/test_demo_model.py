@@ -15,11 +15,11 @@ import torch
 from anyflow_runtime.cli import main
 from anyflow_runtime.streaming import PrintableConfig, preset, stream
 from anyflow_runtime.streaming.pixel_model import DEMO_MODEL, PixelModelIndex, pixel_encoder, pixel_pipeline, read_index
-from anyflow_runtime.training import any_step
-from anyflow_runtime.training.demo_model import DemoModel
-from anyflow_runtime.training.rollout import far_rollout
-from anyflow_runtime.training.shapes import AMPLITUDE, parse_caption
-from anyflow_runtime.training.timesteps import schedule
+from anyflow_runtime.training.demo import any_step
+from anyflow_runtime.training.demo.demo_model import DemoModel
+from anyflow_runtime.training.demo.shapes import AMPLITUDE, parse_caption
+from anyflow_runtime.training.objectives.rollout import far_rollout
+from anyflow_runtime.training.objectives.timesteps import schedule
 from anyflow_runtime.video_io import read_video
 from bench.demo import CAPTIONS
 

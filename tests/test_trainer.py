@@ -12,17 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from anyflow_runtime.training.data import ShapesSource
-from anyflow_runtime.training.demo_model import DemoModel, demo_text_encoder
-from anyflow_runtime.training.recipes_config import (
-    EmaSettings,
-    ModelSettings,
-    OptimiserSettings,
-    Phase,
-)
-from anyflow_runtime.training.trainer import train
-from anyflow_runtime.training.trainer_network import TrainedNetwork
-from anyflow_runtime.training.trainer_phase import NonFiniteLoss
+from anyflow_runtime.training.config import EmaSettings, ModelSettings, OptimiserSettings, Phase
+from anyflow_runtime.training.data.open import ShapesSource
+from anyflow_runtime.training.demo.demo_model import DemoModel, demo_text_encoder
+from anyflow_runtime.training.trainer.network import TrainedNetwork
+from anyflow_runtime.training.trainer.phase import NonFiniteLoss
+from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import (
     DEMO,

@@ -9,9 +9,7 @@ import torch
 
 from anyflow_runtime import training
 from anyflow_runtime.cli import main
-from anyflow_runtime.training.demo_model import DemoModel
-from anyflow_runtime.training.recipes import RECIPES, load_recipe
-from anyflow_runtime.training.recipes_config import (
+from anyflow_runtime.training.config import (
     EmaSettings,
     OptimiserSettings,
     Phase,
@@ -19,8 +17,10 @@ from anyflow_runtime.training.recipes_config import (
     config_from_dict,
     config_to_dict,
 )
-from anyflow_runtime.training.trainer import train
-from anyflow_runtime.training.trainer_network import TrainedNetwork
+from anyflow_runtime.training.demo.demo_model import DemoModel
+from anyflow_runtime.training.recipes import RECIPES, load_recipe
+from anyflow_runtime.training.trainer.network import TrainedNetwork
+from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import tiny
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from anyflow_runtime.training import GlobalBatch
-from anyflow_runtime.training.data import EpochOrder, open_source
-from anyflow_runtime.training.data_files import SafetensorsSource, TarSource
-from anyflow_runtime.training.recipes_config import DataSettings
-from anyflow_runtime.training.trainer import train
+from anyflow_runtime.training.config import DataSettings
+from anyflow_runtime.training.data.files import SafetensorsSource, TarSource
+from anyflow_runtime.training.data.open import open_source
+from anyflow_runtime.training.data.source import EpochOrder
+from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import FAR, tiny, write_shards, write_tar
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from anyflow_runtime.training.trainer import train
+from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import metrics, on_policy_config, tiny, write_on_policy_inputs
 

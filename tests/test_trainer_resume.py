@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_runtime.training import trainer_checkpoint as checkpoints
-from anyflow_runtime.training.recipes_config import config_to_dict
-from anyflow_runtime.training.trainer import train
-from anyflow_runtime.training.trainer_log import MetricsFile, Progress, duration
-from anyflow_runtime.training.trainer_models import Networks
-from anyflow_runtime.training.trainer_phase import TrainingPhase
+from anyflow_runtime.training.config import config_to_dict
+from anyflow_runtime.training.progress import MetricsFile, Progress, duration
+from anyflow_runtime.training.trainer import checkpoint as checkpoints
+from anyflow_runtime.training.trainer.networks import Networks
+from anyflow_runtime.training.trainer.phase import TrainingPhase
+from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import (
     DEMO,

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training import BidirectionalVelocity, GlobalBatch, far_rollout, rollout
-from anyflow_runtime.training.data import open_source
-from anyflow_runtime.training.trainer import train
+from anyflow_runtime.training.data.open import open_source
+from anyflow_runtime.training.trainer.trainer import train
 from anyflow_runtime.video_io import read_video
 from anyflow_runtime.wan_vae import WanVAEStreamDecoderConfig
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from anyflow_runtime.encoders import UMT5TextEncoderConfig
-from anyflow_runtime.training import GlobalBatch, data_videos, distributed, encode_videos
-from anyflow_runtime.training.data_files import SafetensorsSource
-from anyflow_runtime.training.data_videos import Clip, find_clips, open_videos, read_clip
-from anyflow_runtime.training.recipes_config import DataSettings
-from anyflow_runtime.training.trainer import train
+from anyflow_runtime.training import GlobalBatch, distributed
+from anyflow_runtime.training.config import DataSettings
+from anyflow_runtime.training.data import encode_videos
+from anyflow_runtime.training.data import videos as data_videos
+from anyflow_runtime.training.data.files import SafetensorsSource
+from anyflow_runtime.training.data.videos import Clip, find_clips, open_videos, read_clip
+from anyflow_runtime.training.trainer.trainer import train
 from anyflow_runtime.video_io import VideoReadError, VideoWriter, read_video
 from anyflow_runtime.wan_vae import WanVAEEncoderConfig
 

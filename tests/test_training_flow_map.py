@@ -20,8 +20,8 @@ from anyflow_runtime.training import (
     rebalance,
     total_derivative,
 )
-from anyflow_runtime.training.guidance import fused_prediction, guidance_strengths
-from anyflow_runtime.training.timesteps import DIFFUSION, FREE
+from anyflow_runtime.training.objectives.guidance import fused_prediction, guidance_strengths
+from anyflow_runtime.training.objectives.timesteps import DIFFUSION, FREE
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 CD = ORACLE["central_difference"]

@@ -34,8 +34,8 @@ from anyflow_runtime.training import (
     generator_score_loss,
     rollout,
 )
-from anyflow_runtime.training.dmd import guided_estimate
-from anyflow_runtime.training.interpolant import clean_estimate
+from anyflow_runtime.training.objectives.dmd import guided_estimate
+from anyflow_runtime.training.objectives.interpolant import clean_estimate
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 STUB = ORACLE["rollout"]["linear_stub"]["results"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anyflow_runtime.training.demo_model import demo_text_encoder
-from anyflow_runtime.training.shapes import (
+from anyflow_runtime.training.demo.demo_model import demo_text_encoder
+from anyflow_runtime.training.demo.shapes import (
     AMPLITUDE,
     BACKGROUNDS,
     COLOURS,
@@ -22,7 +22,7 @@ from anyflow_runtime.training.shapes import (
     parse_caption,
     render,
 )
-from anyflow_runtime.training.shapes_measure import continuation_error, energy_distance, measure
+from anyflow_runtime.training.demo.shapes_measure import continuation_error, energy_distance, measure
 
 
 def test_batches_depend_on_seed_and_index_alone() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from anyflow_runtime.training import GlobalBatch, LossWeight, assign_buckets, pair_times, sample_time_pairs, schedule
-from anyflow_runtime.training.flow_map_target import probe_times
-from anyflow_runtime.training.timesteps import (
+from anyflow_runtime.training.objectives.flow_map_target import probe_times
+from anyflow_runtime.training.objectives.timesteps import (
     CONSISTENCY,
     DIFFUSION,
     bucket_counts,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from anyflow_runtime.training.recipes_config import config_from_dict, merged
+from anyflow_runtime.training.config import config_from_dict, merged
 
 TINY = {
     "num_attention_heads": 2,

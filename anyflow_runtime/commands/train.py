@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from . import UsageError
 
@@ -28,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training.recipes import RECIPES, load_recipe
-    from ..training.recipes_config import config_to_dict
+    from ..training.config import config_to_dict
+    from ..training.recipes import RECIPES, load_recipe, nested
 
     if args.list:
         print("\n".join(sorted(RECIPES)))
@@ -43,28 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         raise UsageError("--out: got none, expected a directory for the run")
 
-    from ..training.trainer import train
+    from ..training.trainer.trainer import train
 
     train(config, args.out)
     return 0
-
-
-def nested(assignments: list[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=text"]` as `{"a": {"b": 1}, "c": "text"}`; values are JSON where they are valid JSON, else text."""
-    result: dict[str, Any] = {}
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator or not all(key.split(".")):
-            raise UsageError(f"--set: got {assignment!r}, expected KEY=VALUE")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        *parents, leaf = key.split(".")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise UsageError(f"--set: got {assignment!r} beside a value for {parent!r}")
-        place[leaf] = value
-    return result

@@ -1,7 +1,7 @@
 """Flow-map pretraining and on-policy distillation, in pieces that each work alone.
 
-`stages` puts them together; `train` runs them from a config; `shapes` and `shapes_measure` are the synthetic data of
-the demo.
+`objectives` holds the losses, `data` the samples, `trainer` the loop that `train` runs from a `config`, `demo` the
+synthetic videos and the model that learns them.
 """
 
 from __future__ import annotations
@@ -9,32 +9,43 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .dmd import ScoreConfig, UpdateCadence, dmd_gradient, dmd_loss, fake_score_loss, generator_score_loss
-from .ema import EMA
-from .far_training import FarClip, FarVelocity, draw_num_chunks
-from .flow_map_loss import FlowMapConfig, LossResult, flow_map_loss, flow_matching_loss
-from .flow_map_target import flow_map_target, total_derivative
-from .gan import DiscriminatorHeads, approximate_r1, discriminator_gan_loss, generator_gan_loss
-from .guidance import drop_text, fused_prediction
-from .lora import add_lora, lora_state_dict, merge_lora
-from .loss_weights import LossWeight
-from .rebalance import DiffusionMean, rebalance
-from .rollout import RolloutDraw, draw_rollout, far_rollout, rollout
-from .stages import FarConfig, GanConfig, OnPolicy, OnPolicyConfig, PretrainConfig, Pretraining, TrainingBatch
-from .timesteps import GlobalBatch, TimePairs, assign_buckets, pair_times, sample_time_pairs, schedule, shift_time
-from .velocity import BidirectionalVelocity, Velocity
+from .objectives.dmd import ScoreConfig, UpdateCadence, dmd_gradient, dmd_loss, fake_score_loss, generator_score_loss
+from .objectives.far_training import FarClip, FarVelocity, draw_num_chunks
+from .objectives.flow_map_loss import FlowMapConfig, LossResult, flow_map_loss, flow_matching_loss
+from .objectives.flow_map_target import flow_map_target, total_derivative
+from .objectives.gan import DiscriminatorHeads, approximate_r1, discriminator_gan_loss, generator_gan_loss
+from .objectives.guidance import drop_text, fused_prediction
+from .objectives.loss_weights import LossWeight
+from .objectives.on_policy import GanConfig, OnPolicy, OnPolicyConfig
+from .objectives.pretraining import FarConfig, PretrainConfig, Pretraining, TrainingBatch
+from .objectives.rebalance import DiffusionMean, rebalance
+from .objectives.rollout import RolloutDraw, draw_rollout, far_rollout, rollout
+from .objectives.timesteps import (
+    GlobalBatch,
+    TimePairs,
+    assign_buckets,
+    pair_times,
+    sample_time_pairs,
+    schedule,
+    shift_time,
+)
+from .objectives.velocity import BidirectionalVelocity, Velocity
 
 if TYPE_CHECKING:
-    from .demo_model import DemoModel
+    from .config import TrainConfig
+    from .demo.demo_model import DemoModel
     from .recipes import load_recipe
-    from .recipes_config import TrainConfig
-    from .trainer import train
+    from .trainer import EMA, add_lora, lora_state_dict, merge_lora, train
 
 # Loaded at first use: whoever takes the pieces into a loop of their own needs no trainer.
 _MODULE_OF = {
-    "DemoModel": "demo_model",
-    "TrainConfig": "recipes_config",
+    "DemoModel": "demo.demo_model",
+    "EMA": "trainer",
+    "TrainConfig": "config",
+    "add_lora": "trainer",
     "load_recipe": "recipes",
+    "lora_state_dict": "trainer",
+    "merge_lora": "trainer",
     "train": "trainer",
 }
 

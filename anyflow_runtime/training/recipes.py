@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .recipes_config import TrainConfig, config_from_dict, merged
+from .config import TrainConfig, config_from_dict, merged
 
 _SIZES: dict[str, dict[str, Any]] = {
     "1.3b": {"iterations": 6000, "batch_size": 2, "global_batch": 32},
@@ -109,3 +109,24 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
             raise ValueError(f"recipe: got {recipe!r}, expected one of {sorted(RECIPES)}")
         data = merged({"name": recipe, **RECIPES[recipe]}, data)
     return config_from_dict(merged(data, changes or {}))
+
+
+def nested(assignments: list[str]) -> dict[str, Any]:
+    """`["a.b=1", "c=text"]` as `{"a": {"b": 1}, "c": "text"}`; values are JSON where they are valid JSON, else text."""
+    result: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ValueError(f"--set: got {assignment!r}, expected KEY=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *parents, leaf = key.split(".")
+        place = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"--set: got {assignment!r} beside a value for {parent!r}")
+        place[leaf] = value
+    return result

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import distributed
+from .. import distributed
 from .timesteps import require_precise_time
 
 

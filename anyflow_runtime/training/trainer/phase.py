@@ -10,16 +10,17 @@ from dataclasses import replace
 
 import torch
 
-from . import distributed
-from .data import Samples, Source
-from .dmd import UpdateCadence
-from .rebalance import DiffusionMean
-from .recipes_config import TrainConfig
-from .stages import OnPolicy, OnPolicyConfig, PretrainConfig, Pretraining, Terms, TrainingBatch
-from .timesteps import GlobalBatch
-from .trainer_log import is_loss
-from .trainer_models import Networks, input_dtype
-from .trainer_network import TrainedNetwork
+from .. import distributed
+from ..config import TrainConfig
+from ..data.source import Samples, Source
+from ..objectives.dmd import UpdateCadence
+from ..objectives.on_policy import OnPolicy, OnPolicyConfig
+from ..objectives.pretraining import PretrainConfig, Pretraining, Terms, TrainingBatch
+from ..objectives.rebalance import DiffusionMean
+from ..objectives.timesteps import GlobalBatch
+from ..progress import is_loss
+from .network import TrainedNetwork
+from .networks import Networks, input_dtype
 
 TermsOf = Callable[[TrainingBatch, GlobalBatch, DiffusionMean], Terms]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import distributed
+from .. import distributed
 
 
 def use_fsdp(sharding: str, device: torch.device) -> bool:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..config import EmaSettings, OptimiserSettings, Phase
 from .ema import EMA
-from .recipes_config import EmaSettings, OptimiserSettings, Phase
-from .trainer_parallel import average_gradients, drop_gathered, gradient_norm, local_part
+from .parallel import average_gradients, drop_gathered, gradient_norm, local_part
 
 
 class TrainedNetwork:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import distributed
+from .. import distributed
 
 
 @dataclass

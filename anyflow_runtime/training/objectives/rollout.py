@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.far import FarCache
-from . import distributed
+from ...models.far import FarCache
+from .. import distributed
 from .timesteps import NUM_TRAIN_TIMESTEPS, schedule
 from .velocity import Velocity
 

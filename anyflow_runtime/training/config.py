@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .dmd import ScoreConfig
-from .flow_map_loss import FlowMapConfig
-from .rollout import STEP_CHOICES
-from .stages import FarConfig, GanConfig
+from .objectives.dmd import ScoreConfig
+from .objectives.flow_map_loss import FlowMapConfig
+from .objectives.on_policy import GanConfig
+from .objectives.pretraining import FarConfig
+from .objectives.rollout import STEP_CHOICES
 
 OBJECTIVES = ("flow_matching", "flow_map", "on_policy")
 MODEL_KINDS = ("far", "bidirectional", "demo")

@@ -1,6 +1,6 @@
 """Encode the clips of a training config and print the directory of the shards, a data set of kind "safetensors".
 
-python -m anyflow_runtime.training.encode_videos CONFIG [--set data.path=DIR ...]
+python -m anyflow_runtime.training.data.encode_videos CONFIG [--set data.path=DIR ...]
 
 `anyflow train` does the same before it starts; this is for encoding on another machine. CONFIG and --set are its.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 from typing import cast
 
-from ..commands.train import nested
-from ..parallel import process_group
-from .data import open_source
-from .data_files import SafetensorsSource
-from .recipes import load_recipe
+from ...parallel import process_group
+from ..recipes import load_recipe, nested
+from .files import SafetensorsSource
+from .open import open_source
 
 
 def main() -> None:

@@ -14,16 +14,16 @@ from typing import Any, TextIO
 
 import torch
 
-from ..parallel import process_group
-from . import distributed
-from .data import open_source
-from .recipes_config import TrainConfig, config_from_dict, config_to_dict
-from .trainer_checkpoint import load_checkpoint, save_checkpoint
-from .trainer_log import MetricsFile, Progress, is_loss
-from .trainer_models import Networks
-from .trainer_parallel import use_fsdp
-from .trainer_phase import NonFiniteLoss, TrainingPhase
-from .trainer_pictures import open_samples, plot_losses
+from ...parallel import process_group
+from .. import distributed
+from ..config import TrainConfig, config_from_dict, config_to_dict
+from ..data.open import open_source
+from ..progress import MetricsFile, Progress, is_loss
+from .checkpoint import load_checkpoint, save_checkpoint
+from .networks import Networks
+from .parallel import use_fsdp
+from .phase import NonFiniteLoss, TrainingPhase
+from .samples import open_samples, plot_losses
 
 FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_vae", "plot")
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .data import EpochOrder, Samples, Shapes, check_sample
-from .timesteps import GlobalBatch
+from ..objectives.timesteps import GlobalBatch
+from .source import EpochOrder, Samples, Shapes, check_sample
 
 NEGATIVE = "negative.safetensors"
 PARTS = ("latents", "prompt_embeds")

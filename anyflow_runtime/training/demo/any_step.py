@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import derive_config
-from ..streaming.library import stream
-from ..streaming.pipeline import StreamInferencePipeline
-from ..streaming.pixel_model import DEMO_MODEL, pixel_pipeline
+from ...config import derive_config
+from ...streaming.library import stream
+from ...streaming.pipeline import StreamInferencePipeline
+from ...streaming.pixel_model import DEMO_MODEL, pixel_pipeline
 from .shapes import AMPLITUDE, ShapesBatch, ShapesDataset
 from .shapes_measure import Measurement, continuation_error, energy_distance, measure
 

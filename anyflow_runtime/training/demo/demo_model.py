@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoders.words import WordEncoder, WordEncoderConfig
-from ..models import AnyFlowFARTransformer3DModel
-from ..streaming.pixel_model import PixelModelIndex
-from .rollout import far_rollout
+from ...encoders.words import WordEncoder, WordEncoderConfig
+from ...models import AnyFlowFARTransformer3DModel
+from ...streaming.pixel_model import PixelModelIndex
+from ..objectives.rollout import far_rollout
+from ..objectives.timesteps import schedule
 from .shapes import AMPLITUDE, CAPTION_LENGTH, VOCABULARY
-from .timesteps import schedule
 
 TEXT_FOLDER = "text_encoder"
 TRANSFORMER: dict[str, Any] = {

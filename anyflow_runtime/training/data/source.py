@@ -1,4 +1,4 @@
-"""Training samples: which ones an optimiser step takes, and the synthetic source; files are in `data_files`.
+"""What a source of training samples is, and which samples an optimiser step takes.
 
 A source is a function of the position alone, so a resumed run, or one on another number of processes, meets the very
 samples of an uninterrupted one.
@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import torch
 
-from .recipes_config import DataSettings
-from .shapes import ShapesDataset
-from .timesteps import GlobalBatch
+from ..objectives.timesteps import GlobalBatch
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...] | None]
 
@@ -72,51 +70,6 @@ class EpochOrder:
     def indices(self, draw: int, position: GlobalBatch) -> list[int]:
         """The samples of one process in global batch number `draw`."""
         return [self[draw * position.size + i] for i in position.indices.tolist()]
-
-
-class ShapesSource:
-    """The synthetic videos of `shapes`, with captions."""
-
-    negative: torch.Tensor | None = None
-
-    def __init__(self, settings: DataSettings, seed: int) -> None:
-        self.dataset = ShapesDataset(
-            settings.frames, settings.height, settings.width, seed=seed, two_objects=settings.two_objects
-        )
-        self.shapes: Shapes = (settings.frames, 3, settings.height, settings.width), None
-
-    def samples(self, draw: int, position: GlobalBatch) -> Samples:
-        """A slice of the rendered global batch."""
-        batch = self.dataset.batch(draw, position.size)
-        rows = position.indices
-        captions = [batch.captions[i] for i in rows.tolist()]
-        names = tuple(f"shapes[{draw}, {i}] {caption!r}" for i, caption in zip(rows.tolist(), captions, strict=True))
-        return Samples(batch.videos[rows], names, captions=tuple(captions))
-
-
-def open_source(
-    settings: DataSettings, seed: int, device: torch.device | None = None, stream: TextIO | None = None
-) -> Source:
-    """The source that the settings name; a collective, as clips are encoded here.
-
-    Args:
-        device, stream: see `open_videos`.
-
-    Raises:
-        FileNotFoundError, ValueError: if its files are missing or do not fit together.
-    """
-    from .data_files import SafetensorsSource, TarSource
-
-    if settings.kind == "shapes":
-        return ShapesSource(settings, seed)
-    if settings.path is None:
-        files = "videos and captions" if settings.kind == "video" else f"{settings.kind} shards"
-        raise ValueError(f"data.path: got None, expected the directory of the {files}")
-    if settings.kind == "video":
-        from .data_videos import open_videos
-
-        return open_videos(settings, seed, device, stream)
-    return (SafetensorsSource if settings.kind == "safetensors" else TarSource)(settings.path, seed)
 
 
 def check_sample(name: str, latents: Sequence[int], text: Sequence[int], expected: tuple[Sequence[int], ...]) -> None:

@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..video_io import VideoReadError, read_video
-from . import distributed
-from .data_files import NEGATIVE, SafetensorsSource
-from .recipes_config import DataSettings
-from .trainer_checkpoint import barrier
-from .trainer_log import duration
+from ...video_io import VideoReadError, read_video
+from .. import distributed
+from ..config import DataSettings
+from ..distributed import barrier
+from ..progress import duration
+from .files import NEGATIVE, SafetensorsSource
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
@@ -167,8 +167,8 @@ class _Encoders:
     """The VAE's encoder and the text encoder, for one sample at a time."""
 
     def __init__(self, settings: DataSettings, device: torch.device) -> None:
-        from ..encoders.text import UMT5TextEncoderConfig
-        from ..wan_vae.encoder import WanVAEEncoderConfig
+        from ...encoders.text import UMT5TextEncoderConfig
+        from ...wan_vae.encoder import WanVAEEncoderConfig
 
         self.settings, self.device = settings, device
         path, length = settings.model, settings.text_length

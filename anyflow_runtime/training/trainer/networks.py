@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints import from_research, read_checkpoint
-from ..checkpoints.convert import MODELS
-from ..encoders.words import WordEncoder
-from . import distributed
-from .demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
-from .gan import DiscriminatorHeads
+from ...checkpoints import from_research, read_checkpoint
+from ...checkpoints.convert import MODELS
+from ...encoders.words import WordEncoder
+from .. import distributed
+from ..config import ModelSettings, TrainConfig
+from ..demo.demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
+from ..distributed import barrier
+from ..objectives.gan import DiscriminatorHeads
 from .lora import add_lora
-from .recipes_config import ModelSettings, TrainConfig
-from .trainer_checkpoint import barrier
-from .trainer_parallel import shard, whole_tensor
+from .parallel import shard, whole_tensor
 
 CLASS_OF = {
     "far": "AnyFlowFARTransformer3DModel",

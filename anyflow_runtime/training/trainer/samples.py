@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..video_io import VideoWriter
-from . import distributed
-from .data import Source
-from .recipes_config import TrainConfig
-from .rollout import far_rollout, rollout
-from .shapes import AMPLITUDE, ShapesDataset
-from .timesteps import GlobalBatch, schedule
-from .trainer_log import is_loss
-from .trainer_models import Networks, input_dtype
-from .velocity import BidirectionalVelocity
+from ...video_io import VideoWriter
+from .. import distributed
+from ..config import TrainConfig
+from ..data.source import Source
+from ..demo.shapes import AMPLITUDE, ShapesDataset
+from ..objectives.rollout import far_rollout, rollout
+from ..objectives.timesteps import GlobalBatch, schedule
+from ..objectives.velocity import BidirectionalVelocity
+from ..progress import is_loss
+from .networks import Networks, input_dtype
 
 STEPS = (1, 2, 4, 8)
 ROWS, ZOOM, FPS = 6, 4, 4
@@ -126,7 +126,7 @@ class SampleClips:
 
     def _decoded(self, latents: list[Tensor]) -> list[Tensor]:
         """(rows, T, 3, H, W) in [-1, 1] on the CPU; the VAE takes memory only for as long as it decodes."""
-        from ..wan_vae.decoder import WanVAEStreamDecoderConfig
+        from ...wan_vae.decoder import WanVAEStreamDecoderConfig
 
         decoder: Any = WanVAEStreamDecoderConfig(path=self.vae).setup().to(latents[0].device)
         return [torch.stack([decoder(row).float().cpu() for row in column]) for column in latents]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from . import distributed
+from .. import distributed
+from ..distributed import barrier
 
 PREFIX = "step-"
 
@@ -74,12 +74,6 @@ def load_checkpoint(root: Path) -> dict[str, Any] | None:
 def part_name(rank: int) -> str:
     """File of a process's part."""
     return f"rank-{rank:05}.pt"
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if distributed.world_size() > 1:
-        dist.barrier()
 
 
 def sync_directory(path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The demo: its synthetic videos and their measures, its model, and how well it samples in any number of steps."""
