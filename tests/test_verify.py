@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from anyflow_kernels import OPERATIONS, load_ops, portable
+from anyflow_kernels.testing.cases import SIZES, Random, operation_cases
+from anyflow_kernels.testing.float64_oracle import oracle_ops
 from anyflow_runtime.cli import main
-from anyflow_runtime.commands.float64_oracle import oracle_ops
-from anyflow_runtime.commands.verify_cases import SIZES, Random, operation_cases
 
 TINY = ["verify", "--backend", "torch", "--device", "cpu", "--shapes", "tiny"]
 

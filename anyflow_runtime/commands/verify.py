@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from anyflow_kernels import Ops
 
-    from .verification import Verdict
+    from ..verification.verdicts import Verdict
 
 _HEADER = (
     f"{'operation':35}{'shape':59}{'dtype':10}{'backend':10}{'error':>9}{'reference':>11}{'between':>9}{'budget':>9}"
@@ -103,9 +103,10 @@ def _backends_by_shapes(args: argparse.Namespace, device: torch.device) -> dict[
 def _verify(
     shapes: str, names: Sequence[str], backends: dict[str, Ops], dtypes: list[torch.dtype], device: torch.device
 ) -> Iterator[Verdict]:
-    from .verification import verify_model, verify_operation
-    from .verify_cases import SIZES, operation_cases
-    from .verify_models import model_cases
+    from anyflow_kernels.testing.cases import SIZES, operation_cases
+
+    from ..verification.model_cases import model_cases
+    from ..verification.verdicts import verify_model, verify_operation
 
     # The reference runs flex_attention uncompiled on a CPU on purpose.
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops, load_ops
+from anyflow_kernels.testing.cases import OperationCase, Random
+from anyflow_kernels.testing.float64_oracle import oracle_ops
 
-from .float64_oracle import oracle_ops
-from .verify_cases import OperationCase, Random
-from .verify_models import ModelCase
+from .model_cases import ModelCase
 
 Results = dict[str, Tensor]
 

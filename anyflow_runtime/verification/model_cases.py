@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops
+from anyflow_kernels.testing.cases import Random, Sizes
+from anyflow_kernels.testing.float64_oracle import oracle_ops
 
 from ..cache import FarCache
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from .float64_oracle import oracle_ops
-from .verify_cases import Random, Sizes
 
 CHANNELS = 16
 
