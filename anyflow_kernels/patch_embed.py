@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -25,7 +24,7 @@ except ImportError as error:
 else:
     _load_error = None
 
-__all__ = ["extension_available", "patch_embed", "unpatchify", "warm_start_compressed_weight"]
+__all__ = ["extension_available", "patch_embed", "unpatchify"]
 
 Triple = tuple[int, int, int]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -121,27 +120,6 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: Sequence[int], c
         )
     size = [tokens.shape[0], cells[0] * patch[0], channels, cells[1] * patch[1], cells[2] * patch[2]]
     return torch.ops.anyflow.unpack_patches(tokens, size, patch, True, tokens.dtype)
-
-
-def warm_start_compressed_weight(weight: Tensor, compressed_patch_size: Sequence[int]) -> Tensor:
-    """The initial weight of `far_patch_embedding`: the patch embedding's kernel, resized trilinearly.
-
-    Sampled at cell centres (align_corners=False), each (D, C) kernel by itself.
-
-    Args:
-        weight: (D, C, pt, ph, pw), floating point.
-        compressed_patch_size: (pt, ph, pw) of the compressed tokens.
-
-    Returns:
-        (D, C, *compressed_patch_size), dtype of the weight, detached. The bias is copied unchanged by the caller.
-
-    Raises:
-        ValueError, TypeError: on other shapes or dtypes.
-    """
-    _check_floating("weight", weight, 5, "(D, C, pt, ph, pw)")
-    size = _triple("compressed_patch_size", compressed_patch_size)
-    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    return F.interpolate(wide, size=size, mode="trilinear", align_corners=False).to(weight.dtype)
 
 
 def _require_extension() -> None:

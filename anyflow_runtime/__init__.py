@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .acceleration import accelerate as accelerate
     from .acceleration import restore as restore
-    from .cache import FarCache as FarCache
     from .models import AnyFlowFARTransformer3DModel as AnyFlowFARTransformer3DModel
     from .models import AnyFlowFARTransformerOutput as AnyFlowFARTransformerOutput
     from .models import AnyFlowTransformer3DModel as AnyFlowTransformer3DModel
+    from .models import FarCache as FarCache
     from .schedulers import FlowMapEulerDiscreteScheduler as FlowMapEulerDiscreteScheduler
 
 _NAMES_OF = {
     "acceleration": ("accelerate", "restore"),
-    "cache": ("FarCache",),
-    "models": ("AnyFlowFARTransformer3DModel", "AnyFlowFARTransformerOutput", "AnyFlowTransformer3DModel"),
+    "models": (
+        "AnyFlowFARTransformer3DModel",
+        "AnyFlowFARTransformerOutput",
+        "AnyFlowTransformer3DModel",
+        "FarCache",
+    ),
     "schedulers": (
         "FlowMapEulerDiscreteScheduler",
         "FlowMapEulerScheduler",

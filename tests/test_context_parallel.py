@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from anyflow_kernels import AttentionPlan, FarLayout, load_ops
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, FarCache
 from anyflow_runtime.cli import main
+from anyflow_runtime.models.token_shards import HeldKeys, TokenShards, pieces
 from anyflow_runtime.parallel import context_parallel
 from anyflow_runtime.parallel.attention import merge
-from anyflow_runtime.parallel.shards import HeldKeys, TokenShards, pieces
 from anyflow_runtime.schedulers import FlowMapEulerSchedulerConfig
 from anyflow_runtime.streaming import (
     AnyFlowFARStream,

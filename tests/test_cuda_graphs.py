@@ -15,8 +15,9 @@ import torch
 
 from anyflow_kernels import AttentionPlan
 from anyflow_kernels.triton_ops.tile_schedule import encode, query_schedule
-from anyflow_runtime import FarCache, cuda_graphs
-from anyflow_runtime.cuda_graphs import StepGraphs
+from anyflow_runtime import FarCache
+from anyflow_runtime.models import cuda_graphs
+from anyflow_runtime.models.cuda_graphs import StepGraphs
 from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
 
 CONFIG: dict[str, Any] = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, FarCache
-from anyflow_runtime import cache as cache_module
+from anyflow_runtime.models import cache as cache_module
 
 from .parity import FP32_TOLERANCE, reference_cache, relative_error
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from anyflow_kernels import patch_embed as extension
-from anyflow_kernels.patch_embed import patch_embed, unpatchify, warm_start_compressed_weight
+from anyflow_kernels.patch_embed import patch_embed, unpatchify
+from anyflow_runtime.models.parameters import warm_start_compressed_weight
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PATCHES = [(1, 2, 2), (1, 4, 4), (2, 3, 1), (1, 1, 5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from anyflow_kernels import load_ops
 
-from ..parallel.shards import take
-from ..workspaces import IdleWorkspaces
 from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
-from .conditioning import ConditionEmbedder, FP32LayerNorm
+from .conditioning import ConditionEmbedder
 from .config import ModelConfig
+from .layers import FP32LayerNorm
 from .loading import CheckpointMixin
 from .parameters import apply_linear, onloaded
 from .rotary import RotaryTables
-
-if TYPE_CHECKING:
-    from ..parallel import ContextParallel
-
-FrameMap = tuple[tuple[int, int], ...]
+from .token_shards import FrameMap, TokenSharing, take
+from .workspaces import IdleWorkspaces
 
 
 @dataclass
@@ -47,7 +43,7 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
 
     keep_in_fp32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     config: Any
-    parallel: ContextParallel | None  # the processes that share the tokens; see `anyflow_runtime.parallel`
+    parallel: TokenSharing | None  # the processes that share the tokens; see `anyflow_runtime.parallel`
     # Modules are Any: their parameters are used directly, and `accelerate` puts diffusers' modules in their place.
     patch_embedding: Any
     condition_embedder: Any

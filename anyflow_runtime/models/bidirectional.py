@@ -14,8 +14,9 @@ from anyflow_kernels import AttentionPlan, FarLayout
 
 from .base import AnyFlowModel, TransformerOutput, check_video
 from .blocks import BlockInputs
-from .conditioning import PromptKeys, embed_times
+from .conditioning import embed_times
 from .config import ModelConfig, constructor_arguments
+from .prompt_keys import PromptKeys
 
 
 class AnyFlowTransformer3DModel(AnyFlowModel):

@@ -1,4 +1,4 @@
-"""The AnyFlow transformer block and the modules of its parameters.
+"""The AnyFlow transformer block.
 
 A block defers its last gated residual to the next one: it takes `(x, branch, gate)` and returns the same triple, so
 that `x + gate * branch` and the following modulated LayerNorm are a single pass over the tokens.
@@ -8,20 +8,17 @@ Source: Wan2.1's DiT block; parameter names are those of diffusers' AnyFlow clas
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow_kernels import AttentionPlan, Ops
 
-from .conditioning import PromptKeys
+from .layers import Attention, FeedForward
 from .parameters import apply_linear, fuse_storage, is_plain, onloaded, project
-
-if TYPE_CHECKING:
-    from ..parallel.attention import RingAttention, UlyssesAttention
-    from ..parallel.shards import HeldKeys
+from .prompt_keys import CrossAttentionKeys
+from .token_shards import HeldKeys, SharedAttention
 
 Pending = tuple[Tensor, Tensor | None, Tensor | None]  # x, and the branch and gate still to be added to it
 
@@ -51,59 +48,12 @@ class BlockInputs:
     times: Tensor
     rope: tuple[Tensor, Tensor]
     plan: AttentionPlan
-    prompt: PromptKeys
+    prompt: CrossAttentionKeys
     cache: list[tuple[Tensor, Tensor]] | None = None
     offset: int = 0
     modulation: Tensor | None = None
     held: HeldKeys | None = None
-    attention: UlyssesAttention | RingAttention | None = None
-
-
-class RMSNorm(nn.Module):
-    """The learned weight (D,) of a norm over all heads' channels; `ops.rms_norm` applies it."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
-class Attention(nn.Module):
-    """Projections and norms of one attention; the block and its kernels do the rest."""
-
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
-
-
-class GELU(nn.Module):
-    """The first half of a feed-forward: `proj`, then GELU (tanh by default)."""
-
-    def __init__(self, dim: int, inner_dim: int, approximate: str = "tanh") -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, inner_dim)
-        self.approximate = approximate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate=self.approximate)
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, linear, under the reference's parameter names."""
-
-    def __init__(self, dim: int, inner_dim: int, out_dim: int | None = None, approximate: str = "tanh") -> None:
-        super().__init__()
-        self.net = nn.ModuleList(
-            [GELU(dim, inner_dim, approximate), nn.Dropout(0.0), nn.Linear(inner_dim, out_dim or dim)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.net:
-            x = layer(x)
-        return x
+    attention: SharedAttention | None = None
 
 
 class AnyFlowTransformerBlock(nn.Module):

@@ -15,56 +15,11 @@ from torch import Tensor, nn
 from anyflow_kernels import Ops, TimestepMLP
 from anyflow_kernels.reference import sinusoid
 
-from .parameters import apply_linear, is_plain, onloaded, parameter_dtype
+from .layers import ImageEmbedding, TextProjection, TimestepEmbedding
+from .parameters import is_plain, parameter_dtype
 
 DELTA_TYPES = ("r", "t-r")
 TimeMemo = dict[tuple[float, float], tuple[Tensor, ...]]  # (t, delta) to the rows (D,) and (6D,)
-
-
-class TimestepEmbedding(nn.Module):
-    """Parameters of a timestep MLP: linear, SiLU, linear."""
-
-    def __init__(self, freq_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(freq_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-
-class TextProjection(nn.Module):
-    """Linear, tanh-GELU, linear: text embeddings to the model's width."""
-
-    def __init__(self, text_dim: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(text_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, text: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
-
-
-class FP32LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in fp32, result in the dtype of the input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float64:
-            return super().forward(x)
-        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class ImageEmbedding(nn.Module):
-    """LayerNorm, linear-GELU-linear, LayerNorm: image embeddings to the model's width."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        from .blocks import FeedForward
-
-        self.norm1 = FP32LayerNorm(image_dim)
-        self.ff = FeedForward(image_dim, image_dim, dim, approximate="none")
-        self.norm2 = FP32LayerNorm(dim)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.norm2(self.ff(self.norm1(image)))
 
 
 class ConditionEmbedder(nn.Module):
@@ -136,62 +91,3 @@ def _embed_pairs(embedder: Any, config: Any, ops: Ops, t: Tensor, delta: Tensor)
     gate = config.gate_value
     rt = (1 - gate) * mlp(t, *mlp_layers[:2]) + gate * mlp(delta, *mlp_layers[2:])
     return rt, last(F.silu(rt).to(parameter_dtype(last))).to(rt.dtype)
-
-
-class PromptKeys:
-    """A prompt's tokens, and per block their keys and values: computed at first use, kept while no gradient is wanted.
-
-    Args:
-        embedder: a condition embedder, ours or diffusers'.
-        text: (B, S, text_dim) text embeddings.
-        image: (B, S_image, image_dim) image embeddings or None; they stand before the text.
-    """
-
-    def __init__(self, embedder: Any, text: Tensor, image: Tensor | None = None) -> None:
-        if image is not None and embedder.image_embedder is None:
-            raise ValueError("encoder_hidden_states_image: got a tensor, expected None for a model without image_dim")
-        # A tensor made in inference mode does not count its changes: compare with a copy.
-        self.text, self.image = (x.clone() if x is not None and x.is_inference() else x for x in (text, image))
-        self._versions = (_version(text), _version(image))
-        self._embedder = embedder
-        self._tokens: Tensor | None = None
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def matches(self, text: Tensor, image: Tensor | None) -> bool:
-        """True if these are the embeddings this object was made from."""
-        unchanged = self._versions == (_version(self.text), _version(self.image))
-        return unchanged and _same(self.text, text) and _same(self.image, image)
-
-    def tokens(self) -> Tensor:
-        """(B, S_image + S, D)."""
-        if self._tokens is None:
-            tokens = self._embedder.text_embedder(self.text)
-            if self.image is not None:
-                tokens = torch.cat([self._embedder.image_embedder(self.image), tokens], dim=1)
-            self._tokens = tokens
-        return self._tokens
-
-    def keys_values(self, layer: int, attn: Any, ops: Ops) -> tuple[Tensor, Tensor]:
-        """Normed keys and values, each (B, S, H, d), for the cross-attention of a block."""
-        if layer in self._kept and not torch.is_grad_enabled():
-            return self._kept[layer]
-        tokens = self.tokens()
-        with onloaded(attn.norm_k):
-            k = ops.rms_norm(apply_linear(ops, attn.to_k, tokens), attn.norm_k.weight, attn.norm_k.eps).unflatten(
-                -1, (attn.heads, -1)
-            )
-        v = apply_linear(ops, attn.to_v, tokens).unflatten(-1, (attn.heads, -1))
-        if not torch.is_grad_enabled():
-            self._kept[layer] = (k, v)
-        return k, v
-
-
-def _version(x: Tensor | None) -> int | None:
-    """Counts in-place changes; tensors made in inference mode do not."""
-    return None if x is None or x.is_inference() else x._version
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a is b:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_kernels import AttentionPlan, FarLayout, Segment
-from anyflow_kernels.patch_embed import warm_start_compressed_weight
 
-from ..cache import Context, FarCache, adopt_reference_cache
 from .base import AnyFlowModel, TransformerOutput, check_video
 from .blocks import BlockInputs
-from .conditioning import PromptKeys, embed_times
+from .cache import Context, FarCache
+from .conditioning import embed_times
 from .config import ModelConfig, constructor_arguments
+from .parameters import warm_start_compressed_weight
+from .prompt_keys import CrossAttentionKeys, PromptKeys
+from .reference_cache import adopt_reference_cache
+from .token_shards import HeldKeys
+from .workspaces import Slabs
 
 PHANTOM_BLOCK = 128  # the reference pads inference queries and keys with zeros to this multiple
 
@@ -256,8 +260,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         num_compressed = max(0, layout.num_compressed_frames - first)
         x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
         _, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
-        inputs = self._inputs(layout, times, context.prompt, self.rotary(layout.query_segments, times.device))
-        inputs.cache, inputs.offset, inputs.held = cache.begin_write(layout), layout.cache_offset, cache.held
+        rope = self.rotary(layout.query_segments, times.device)
+        inputs = self._inputs(layout, times, context.prompt, rope, cache.begin_write(layout), cache.held)
         if x.shape[1]:
             self._run_blocks(x, inputs, keys_only=True)
         cache.end_write(context)
@@ -312,13 +316,10 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
 
         rope = self.rotary(layout.query_segments, times.device)
         capture = self._may_capture(latents)
-        present: Any = cache.workspace.hold_prompt(keys, self.blocks, self.ops) if capture else keys
+        present: CrossAttentionKeys = cache.workspace.hold_prompt(keys, self.blocks, self.ops) if capture else keys
 
         def step(latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
-            inputs = self._inputs(layout, times, present, rope)
-            if self.phantom_padding:
-                inputs.plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK)
-            inputs.cache, inputs.offset, inputs.held = slabs, layout.cache_offset, held
+            inputs = self._inputs(layout, times, present, rope, slabs, held, self.phantom_padding)
             x = self._tokens(layout, latents[:, :0], latents)
             return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
 
@@ -407,9 +408,20 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             offset += self._patchify(module, latents, slab, offset).shape[1]
         return slab
 
-    def _inputs(self, layout: FarLayout, times: Tensor, prompt: PromptKeys, rope: tuple[Tensor, Tensor]) -> BlockInputs:
+    def _inputs(
+        self,
+        layout: FarLayout,
+        times: Tensor,
+        prompt: CrossAttentionKeys,
+        rope: tuple[Tensor, Tensor],
+        slabs: Slabs | None = None,
+        held: HeldKeys | None = None,
+        phantom: bool = False,
+    ) -> BlockInputs:
         """What the blocks share; `times` is (B, frames of the queries, 6, D)."""
-        return BlockInputs(self.ops, layout.frame_map, times, rope, AttentionPlan.from_layout(layout), prompt)
+        plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK if phantom else 0)
+        offset = 0 if slabs is None else layout.cache_offset
+        return BlockInputs(self.ops, layout.frame_map, times, rope, plan, prompt, slabs, offset, held=held)
 
 
 def _expect(condition: bool, name: str, got: object, expected: str) -> None:

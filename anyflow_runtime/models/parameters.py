@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow_kernels import Ops
@@ -103,3 +104,29 @@ def project(ops: Ops, x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
         if fused is not None:
             return ops.linear(x, *fused)
     return torch.cat([apply_linear(ops, linear, x) for linear in linears], dim=-1)
+
+
+def warm_start_compressed_weight(weight: Tensor, compressed_patch_size: Sequence[int]) -> Tensor:
+    """The initial weight of `far_patch_embedding`: the patch embedding's kernel, resized trilinearly.
+
+    Sampled at cell centres (align_corners=False), each (D, C) kernel by itself.
+
+    Args:
+        weight: (D, C, pt, ph, pw), floating point.
+        compressed_patch_size: (pt, ph, pw) of the compressed tokens.
+
+    Returns:
+        (D, C, *compressed_patch_size), dtype of the weight, detached. The bias is copied unchanged by the caller.
+
+    Raises:
+        ValueError: on other shapes or dtypes.
+    """
+    size = tuple(compressed_patch_size)
+    if weight.ndim != 5 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: got {tuple(weight.shape)} {weight.dtype}, expected (D, C, pt, ph, pw), floating point"
+        )
+    if len(size) != 3 or any(isinstance(n, (bool, float)) or n < 1 for n in size):
+        raise ValueError(f"compressed_patch_size: got {compressed_patch_size!r}, expected three integers >= 1")
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return F.interpolate(wide, size=size, mode="trilinear", align_corners=False).to(weight.dtype)

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .shards import HeldKeys, TokenShards, pieces
+from ..models.blocks import BlockInputs
+from ..models.token_shards import HeldKeys, TokenShards, pieces
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from ..models.blocks import BlockInputs
 
 
 class UlyssesAttention:

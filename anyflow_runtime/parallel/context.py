@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..models.base import AnyFlowModel
+from ..models.blocks import BlockInputs
+from ..models.token_shards import FrameMap, HeldKeys, TokenShards, take
 from .attention import RingAttention, UlyssesAttention
-from .shards import FrameMap, HeldKeys, TokenShards, take
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-    from ..models.blocks import BlockInputs
 
 MODES = ("auto", "ulysses", "ring")
 Model = TypeVar("Model")
@@ -116,8 +116,6 @@ def context_parallel(model: Model, mesh: DeviceMesh | None, mode: str = "auto") 
         TypeError: for another model.
         ValueError: for another mode, a mesh of several dimensions or without this process, or heads that do not divide.
     """
-    from ..models.base import AnyFlowModel
-
     if not isinstance(model, AnyFlowModel):
         raise TypeError(f"model: got {type(model).__name__}, expected an AnyFlow transformer")
     if mode not in MODES:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import FarCache
 from ..errors import LifecycleError
+from ..models.cache import FarCache
 from ..models.far import AnyFlowFARTransformer3DModel
 from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
 from .transformer import TransformerAutoregressiveCache

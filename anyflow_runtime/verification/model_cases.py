@@ -13,8 +13,8 @@ from anyflow_kernels import Ops
 from anyflow_kernels.testing.cases import Random, Sizes
 from anyflow_kernels.testing.float64_oracle import oracle_ops
 
-from ..cache import FarCache
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from ..models.cache import FarCache
 
 CHANNELS = 16
 

@@ -186,7 +186,7 @@ def from_base(directory: Path, stored: dict[str, Any], model_class: Any, changes
     model.load_state_dict(state, strict=False)
     copy_time_embedder(model)
     if hasattr(model, "far_patch_embedding"):
-        from anyflow_kernels.patch_embed import warm_start_compressed_weight
+        from ...models.parameters import warm_start_compressed_weight
 
         full, far = model.patch_embedding, model.far_patch_embedding
         with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Which tokens, modulation rows and keys each process holds: integers, the same on every process.
+"""Several processes that share the tokens of one video, as a model sees them: which tokens, modulation rows and keys
+each holds (integers, the same on every process), and the two things it asks of them.
+
+`anyflow_runtime.parallel` has the processes; a model knows them by the protocols here.
 
 Source: the sequence split of DeepSpeed-Ulysses (arXiv 2309.14509) and ring attention (arXiv 2310.01889).
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +19,39 @@ from torch import Tensor
 from anyflow_kernels import AttentionPlan
 
 Spans = tuple[tuple[int, int], ...]  # ascending and disjoint (start, end), none empty
-FrameMap = tuple[tuple[int, int], ...]
+FrameMap = tuple[tuple[int, int], ...]  # runs of (frames, tokens per frame)
+
+
+class SharedAttention(Protocol):
+    """Self-attention over the tokens of all processes, given this one's; the cache is in its hands."""
+
+    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
+        """Put own tokens' keys and values, (B, l, H, d) each, into the cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """Attention of own tokens to all that the plan lets them see, (B, l, H, d) each; the cache takes k and v."""
+        ...
+
+
+class TokenSharing(Protocol):
+    """How processes share the tokens of a model; `anyflow_runtime.parallel.ContextParallel`."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    @property
+    def mode(self) -> str: ...
+
+    def heads_held(self, heads: int) -> int: ...
+
+    def shards(self, frame_map: FrameMap) -> TokenShards: ...
+
+    def split(self, x: Tensor, inputs: Any) -> tuple[Tensor, Any]: ...
+
+    def gather(self, x: Tensor, shards: TokenShards) -> Tensor: ...
 
 
 @dataclass(frozen=True)

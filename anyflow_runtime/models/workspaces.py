@@ -8,56 +8,18 @@ keeps the memory of its latest finished rollout and gives it to the next one of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from anyflow_kernels import Ops
+
 from .cuda_graphs import StepGraphs
-
-if TYPE_CHECKING:
-    from anyflow_kernels import Ops
-
-    from .models.conditioning import PromptKeys
+from .prompt_keys import PromptBuffers, PromptKeys
 
 Slabs = list[tuple[Tensor, Tensor]]
-
-
-class PromptBuffers:
-    """Keys and values of the present prompt at addresses that stay, for captured steps to read.
-
-    Args:
-        keys: the first prompt.
-        blocks: of the model.
-        ops: the kernels that compute a prompt's keys.
-    """
-
-    def __init__(self, keys: PromptKeys, blocks: Any, ops: Ops) -> None:
-        self._source = keys
-        self._kept = [(k.clone(), v.clone()) for k, v in _keys_values(keys, blocks, ops)]
-
-    def take(self, keys: PromptKeys, blocks: Any, ops: Ops) -> bool:
-        """Hold this prompt from now on; False if it does not fit, as with another number of tokens."""
-        if keys is self._source:
-            return True
-        computed = _keys_values(keys, blocks, ops)
-        if [k.shape for k, _ in computed] != [k.shape for k, _ in self._kept]:
-            return False
-        for kept, new in zip(self._kept, computed, strict=True):
-            kept[0].copy_(new[0])
-            kept[1].copy_(new[1])
-        self._source = keys
-        return True
-
-    def keys_values(self, layer: int, attn: Any, ops: Ops) -> tuple[Tensor, Tensor]:
-        """As `PromptKeys.keys_values`."""
-        return self._kept[layer]
-
-
-def _keys_values(keys: PromptKeys, blocks: Any, ops: Ops) -> list[tuple[Tensor, Tensor]]:
-    return [keys.keys_values(layer, block.attn2, ops) for layer, block in enumerate(blocks)]
 
 
 @dataclass
@@ -124,6 +86,6 @@ class IdleWorkspaces:
         return IdleWorkspaces, ()
 
 
-def fingerprint(model: torch.nn.Module) -> Hashable:
+def fingerprint(weights: Iterable[Tensor]) -> Hashable:
     """Where a model's weights lie: a captured step is as good as these addresses."""
-    return hash(tuple(p.data_ptr() for p in model.parameters()))
+    return hash(tuple(weight.data_ptr() for weight in weights))

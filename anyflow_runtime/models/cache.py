@@ -10,24 +10,45 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from anyflow_kernels import FarLayout
-from anyflow_kernels.reference import rotate
+from anyflow_kernels import FarLayout, Segment
 
+from .conditioning import TimeMemo
 from .cuda_graphs import StepGraphs
-from .models.conditioning import PromptKeys, TimeMemo
-from .parallel.shards import HeldKeys
-from .workspaces import Slabs, Workspace, fingerprint
+from .prompt_keys import PromptKeys
+from .token_shards import HeldKeys, TokenSharing
+from .workspaces import IdleWorkspaces, Slabs, Workspace, fingerprint
 
-if TYPE_CHECKING:
-    from .models.far import AnyFlowFARTransformer3DModel
-    from .parallel import ContextParallel
+
+class FarModel(Protocol):
+    """What a cache asks of its model; `AnyFlowFARTransformer3DModel` is one."""
+
+    config: Any
+    condition_embedder: Any
+    parallel: TokenSharing | None
+    idle_workspaces: IdleWorkspaces
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def layout(
+        self, mode: str, chunk_partition: Sequence[int], height: int, width: int, clean: bool = False, cached: int = 0
+    ) -> FarLayout: ...
+
+    def rotary(self, segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]: ...
+
+    def captures(self, device: torch.device) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -79,8 +100,8 @@ class FarCache:
         device: torch.device | str,
         dtype: torch.dtype,
         immutable: bool = False,
-        parallel: ContextParallel | None = None,
-        model: AnyFlowFARTransformer3DModel | None = None,
+        parallel: TokenSharing | None = None,
+        model: FarModel | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected >= 1")
@@ -105,7 +126,7 @@ class FarCache:
     @classmethod
     def for_model(
         cls,
-        model: AnyFlowFARTransformer3DModel,
+        model: FarModel,
         chunk_partition: Sequence[int],
         height: int,
         width: int,
@@ -241,13 +262,13 @@ class FarCache:
             return layout.num_key_tokens
         return sum(math.ceil(segment.tokens / self.parallel.world) for segment in layout.segments)
 
-    def _share_workspace(self, model: AnyFlowFARTransformer3DModel, tokens: int) -> None:
+    def _share_workspace(self, model: FarModel, tokens: int) -> None:
         """Take over what a finished rollout of the same shape has left, or else new slabs, and leave them in turn."""
         shape = (self._slab_shape[0], tokens, *self._slab_shape[2:])
         # Another stream may still be at work on this memory, and what inference mode made cannot be written outside it.
         stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
         mode = (stream, torch.is_inference_mode_enabled())
-        made_for = (shape, self._model_size[0], self._dtype, self._device, mode, fingerprint(model))
+        made_for = (shape, self._model_size[0], self._dtype, self._device, mode, fingerprint(model.parameters()))
         idle = model.idle_workspaces.take(made_for)
         if idle is None:
             self._grow(tokens)
@@ -270,62 +291,3 @@ class FarCache:
         self.workspace.slabs, self._slab_shape = slabs, shape
         self.workspace.made_for = None  # captured steps read the old slabs
         self.graphs.clear()
-
-
-def adopt_reference_cache(
-    kv_cache: Any,
-    model: AnyFlowFARTransformer3DModel,
-    partition: Sequence[int],
-    height: int,
-    width: int,
-    num_cached: int,
-) -> FarCache:
-    """The `FarCache` behind a cache in diffusers' protocol: per block a dict of `full_cache` and `compressed_cache`.
-
-    At first sight the cache is made, takes over any keys a diffusers model has written, and is put into the dict of
-    block 0; the reference's tensors, (2, B, H, T, d) each and sized for more than is ever live, are let go.
-
-    Raises:
-        ValueError: if the dict is neither the reference's nor one of ours.
-    """
-    first = kv_cache[0] if isinstance(kv_cache, (dict, list, tuple)) and len(kv_cache) else None
-    if not isinstance(first, dict):
-        raise ValueError(f"kv_cache: got {type(kv_cache).__name__}, expected a FarCache or a dict of tensors per block")
-    if "far_cache" in first:
-        return first["far_cache"]
-    if not {"full_cache", "compressed_cache"} <= set(first):
-        raise ValueError(f"kv_cache: got entries {sorted(first)}, expected 'full_cache' and 'compressed_cache'")
-    full, compressed = first["full_cache"], first["compressed_cache"]
-    limit = model.config.full_chunk_limit
-    now = model.layout("inference", partition, height, width)
-    frame_tokens = math.prod(now.full_grid), max(1, math.prod(now.compressed_grid))
-    # The reference sizes its tensors by the largest chunk: the whole video's partition is at most this.
-    largest = max(max(partition), full.shape[3] // (limit * frame_tokens[0]))
-    num_chunks = max(len(partition), compressed.shape[3] // (largest * frame_tokens[1]) + limit - 1)
-    layout = model.layout("inference", (largest,) * num_chunks, height, width)
-    if num_cached and model.parallel is not None:
-        raise ValueError("kv_cache: got keys of a diffusers model on several processes, expected an empty cache")
-    size = (model.config.num_layers, model.config.num_attention_heads, model.config.attention_head_dim)
-    cache = FarCache(layout, *size, full.shape[1], full.device, full.dtype, parallel=model.parallel, model=model)
-    if num_cached:
-        _take_keys(cache, kv_cache, model, now)
-    for i in range(model.config.num_layers):
-        kv_cache[i].pop("full_cache")
-        kv_cache[i].pop("compressed_cache")
-    first["far_cache"] = cache
-    return cache
-
-
-def _take_keys(cache: FarCache, kv_cache: Any, model: AnyFlowFARTransformer3DModel, layout: FarLayout) -> None:
-    """Copy keys and values that a diffusers model cached (unrotated) for the chunks before the newest one."""
-    segments = [s for s in layout.segments if s.cached]
-    tokens = {kind: sum(s.tokens for s in segments if s.kind == kind) for kind in ("compressed", "full")}
-    rope = model.rotary(segments, cache.slabs[0][0].device)
-    for i, (k_slab, v_slab) in enumerate(cache.slabs):
-        parts = [kv_cache[i][f"{kind}_cache"][:, :, :, :count] for kind, count in tokens.items()]
-        k, v = torch.cat(parts, dim=3).transpose(2, 3).unbind(0)  # (B, T, H, d)
-        k_slab[:, : layout.cache_offset] = rotate(k, rope)
-        v_slab[:, : layout.cache_offset] = v
-    nothing = k_slab.new_zeros(2, 0, 0)
-    embedder = model.condition_embedder
-    cache.context = Context(tuple(layout.chunk_partition[:-1]), None, nothing, PromptKeys(embedder, nothing))
