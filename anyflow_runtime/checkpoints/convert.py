@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..files import whole_file
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from .fastgen import from_fastgen, to_fastgen
 from .fastvideo import FROM_FASTVIDEO, from_fastvideo, to_fastvideo
@@ -211,11 +212,6 @@ def _read_config(source: Path, config: Mapping[str, Any] | str | os.PathLike[str
 
 
 def _save_file(state: State, path: Path, config: Mapping[str, Any] | None) -> None:
-    """Write under a temporary name first, so that a file that is there is complete."""
     metadata = {"format": "pt"} | ({} if config is None else {"config": json.dumps(config, sort_keys=True)})
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path) as partial:
         save_file({key: value.contiguous() for key, value in state.items()}, partial, metadata=metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

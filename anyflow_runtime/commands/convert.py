@@ -65,6 +65,7 @@ def _to_research(args: argparse.Namespace, source: Path, target: Path) -> Report
 
     from ..checkpoints import convert_state_dict, read_checkpoint
     from ..checkpoints.research import WEIGHTS
+    from ..files import whole_file
 
     if target.suffix != ".pt":
         raise UsageError(f"DST: got {target}, expected a .pt file for research")
@@ -74,10 +75,6 @@ def _to_research(args: argparse.Namespace, source: Path, target: Path) -> Report
     )
     bare = {key.removeprefix("transformer."): value for key, value in state.items()}
     report.notes.append(f"written merged, under {WEIGHTS[args.weights]!r}; the config is not part of this layout")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
+    with whole_file(target) as partial:
         torch.save({WEIGHTS[args.weights]: bare}, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return report

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import whole_file, write_json
 from .base import Encoder, EncoderConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -113,10 +114,9 @@ class WordEncoder(Encoder):
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(self.config, name) for name in _SETTINGS}
-        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=1) + "\n")
-        temporary = directory / f".{WEIGHTS_FILE}.partial"
-        save_file({key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}, temporary)
-        temporary.replace(directory / WEIGHTS_FILE)
+        write_json(directory / CONFIG_FILE, settings, indent=1)
+        with whole_file(directory / WEIGHTS_FILE) as partial:
+            save_file({key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}, partial)
 
 
 class WordBlock(nn.Module):

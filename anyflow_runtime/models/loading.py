@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import whole_file, write_json
 from .config import constructor_keywords, read_config
 
 Model = TypeVar("Model", bound="CheckpointMixin")
@@ -100,31 +102,22 @@ class CheckpointMixin(nn.Module):
         names = [
             WEIGHTS if count == 1 else WEIGHTS.replace(".", f"-{i + 1:05}-of-{count:05}.", 1) for i in range(count)
         ]
-        temporary = [directory / f".{name}.partial" for name in names]
-        try:  # names are taken only when all shards are complete: old and new ones may have the same
-            for file, shard in zip(temporary, shards, strict=True):
+        with (
+            ExitStack() as whole
+        ):  # names are taken only when all shards are complete: old and new ones may be the same
+            files = [whole.enter_context(whole_file(directory / name)) for name in names]
+            for file, shard in zip(files, shards, strict=True):
                 save_file(shard, file, metadata={"format": "pt"})
-            for file, name in zip(temporary, names, strict=True):
-                file.replace(directory / name)
-        finally:
-            for file in temporary:
-                file.unlink(missing_ok=True)
         if count > 1:
             total = sum(t.nbytes for shard in shards for t in shard.values())
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(directory / "config.json", entries)
+            write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}, sort_keys=True)
+        write_json(directory / "config.json", entries, sort_keys=True)
         stale = [INDEX] if count == 1 else []
         pattern = re.compile(re.escape(WEIGHTS).replace(r"\.", r"(-\d+-of-\d+)?\.", 1))
         stale += [f.name for f in directory.iterdir() if pattern.fullmatch(f.name) and f.name not in names]
         for name in stale:
             (directory / name).unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
 
 
 def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
+from ..files import whole_file
+
 
 class MetricsFile:
     """One JSON object per line and logged step, on disk when `write` returns.
@@ -21,9 +23,8 @@ class MetricsFile:
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] < step]
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, values: Mapping[str, float | int | str]) -> None:
         """Append one line."""

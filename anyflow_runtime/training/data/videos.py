@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...files import whole_file
 from ...video_io import VideoReadError, read_video
 from .. import distributed
 from ..config import DataSettings
@@ -195,7 +195,8 @@ class _Encoders:
 def _encode(todo: dict[Path, Clip], encoders: _Encoders, stream: TextIO) -> None:
     start = reported = time.monotonic()
     for done, (file, clip) in enumerate(todo.items(), 1):
-        _write({"latents": encoders.video(clip.path)[None], "prompt_embeds": encoders.text(clip.caption)[None]}, file)
+        tensors = {"latents": encoders.video(clip.path)[None], "prompt_embeds": encoders.text(clip.caption)[None]}
+        _write(tensors, file)
         now = time.monotonic()
         if distributed.rank() == 0 and (now - reported > REPORT_SECONDS or done == len(todo)):
             left = duration((now - start) / done * (len(todo) - done))
@@ -204,12 +205,8 @@ def _encode(todo: dict[Path, Clip], encoders: _Encoders, stream: TextIO) -> None
 
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    """All of a file or nothing, also when several runs share a cache."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    with partial.open("rb+") as written:
-        os.fsync(written.fileno())
-    partial.replace(file)
+    with whole_file(file) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
 
 
 def _captions(file: Path) -> dict[Path, str]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...files import whole_file
 from ...video_io import VideoWriter
 from .. import distributed
 from ..config import TrainConfig
@@ -115,10 +116,8 @@ class SampleClips:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "samples.txt").write_text("\n".join(first.names) + "\n")
         if self.vae is None:
-            file = self.directory / f"{name}.safetensors"
-            partial = file.with_name(f".{file.name}.partial")
-            save_file({f"steps-{steps}": value.cpu().contiguous() for steps, value in latents.items()}, partial)
-            partial.replace(file)
+            with whole_file(self.directory / f"{name}.safetensors") as partial:
+                save_file({f"steps-{steps}": value.cpu().contiguous() for steps, value in latents.items()}, partial)
             return
         fps = CLIP_FPS if self.config.data.fps is None else max(1, round(self.config.data.fps))
         with VideoWriter(self.directory / f"{name}.mp4", fps=fps, pixel_range="signed") as writer:
@@ -176,6 +175,5 @@ def plot_losses(metrics: Path, image: Path) -> None:
         axes.plot(steps, values, label=key.removesuffix("/loss"), linewidth=0.8)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend()
-    partial = image.with_name(f".{image.stem}.partial{image.suffix}")
-    figure.savefig(partial, dpi=120)
-    partial.replace(image)
+    with whole_file(image) as partial:
+        figure.savefig(partial, dpi=120)
