@@ -53,6 +53,7 @@ _NAMES_OF = {
         "TransformerAutoregressiveCache",
         "TransformerConfig",
         "derive_config",
+        "open_model",
         "stream",
     ),
 }

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from starlette.testclient import TestClient
 
-from anyflow_runtime.commands.generate_stages import load_pipeline
-from anyflow_runtime.commands.model_directory import read_model_directory
+from anyflow_runtime import StreamInferencePipeline, open_model
 from anyflow_runtime.serving.app import create_app
 from anyflow_runtime.serving.limits import Limits
 from anyflow_runtime.serving.rollouts import Rollout
@@ -59,10 +58,9 @@ def clip(frames: torch.Tensor, form: str) -> bytes:
     return out.getvalue()
 
 
-def load(path: Path) -> Any:
+def load(path: Path) -> StreamInferencePipeline:
     """A model, loaded as the command does."""
-    model = read_model_directory(path)
-    return load_pipeline(model, device=torch.device("cpu"), dtype=torch.float32, backend="auto")
+    return open_model(path, device="cpu", dtype=torch.float32, steps=1)
 
 
 @contextmanager

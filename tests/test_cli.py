@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from anyflow_kernels import available_backends
 from anyflow_runtime import accelerate
 from anyflow_runtime.cli import build_parser, main
 from anyflow_runtime.commands import bench as bench_command
-from anyflow_runtime.commands import generate_stages as stages
 from anyflow_runtime.commands.generate_request import GenerateRequest, check_request
 from anyflow_runtime.video_io import VideoWriter, read_image, read_video
 from bench.tiny_pipeline import tiny_pipeline
@@ -185,10 +183,10 @@ BAD = {
 def test_bad_input_is_one_line_and_exit_code_2(name, files, capfd, monkeypatch):
     """Before anything is loaded or written."""
 
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("anyflow_runtime.commands.generate_stages.load", load)
+    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_model", load)
     arguments, expected = (text.replace("{}", str(files)) for text in BAD[name])
     required = ["--model", f"{files}/far", "--out", f"{files}/o.mp4"]  # of an option given twice the last one counts
     assert main(["generate", *required, *arguments.split()]) == 2
@@ -231,10 +229,10 @@ def test_debug_shows_the_traceback(files, capfd):
 
 
 def test_interrupt_is_exit_code_130(files, tmp_path, capfd, monkeypatch):
-    def load(*_: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anyflow_runtime.commands.generate_stages.load", load)
+    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_model", load)
     assert main(["generate", "x", "--model", str(files / "far"), "--out", str(tmp_path / "o.mp4"), *FAR_VIDEO]) == 130
     assert capfd.readouterr().err == "anyflow generate: interrupted\n"
 
@@ -316,7 +314,7 @@ def test_file_holds_the_frames_the_pipeline_decodes(files, tmp_path):
 
 def test_stats_tell_settings_stages_and_chunks(files, tmp_path, capsys):
     stats = generate(files, tmp_path / "o.mp4", "a cat", *FAR_VIDEO, "--image", str(files / "picture.png"))
-    assert list(stats["seconds"]) == ["load", "text", "context", "denoise", "decode", "write"]
+    assert list(stats["seconds"]) == ["load", "context", "text", "denoise", "decode", "write"]
     assert stats["settings"]["frames"] == 17 and stats["settings"]["context_frames"] == 1
     assert [(c["chunk"], c["latent_frames"]) for c in stats["chunks"]] == [(1, 2), (2, 1), (3, 1)]
     assert 0 < sum(c["seconds"] for c in stats["chunks"]) <= stats["seconds"]["denoise"]
@@ -344,18 +342,6 @@ def test_default_is_the_video_of_the_released_models(model, frames, files):
     default = request(files, "a cat", model=model)
     assert (default.frames, default.size, default.steps, default.guidance) == (frames, (480, 832), 4, 1.0)
     assert default.chunks == ((1, 3, 3, 3, 3, 3, 3, 2) if model == "far" else None)
-
-
-def test_offloading_gives_the_same_latents(files):
-    """The stages with accelerate's hooks on every model; the CPU stands in for the GPU."""
-    offloaded = replace(request(files, "a cat", *FAR_VIDEO, "--image", str(files / "picture.png")), offload=True)
-    pipe = stages.load(offloaded)
-    assert hasattr(pipe.transformer, "_hf_hook")
-    text = stages.encode_text(pipe, offloaded)
-    latents = stages.denoise(pipe, offloaded, *text, stages.encode_context(pipe, offloaded), on_step=lambda: None)
-    expected = in_python(files, video=offloaded.context)
-    torch.testing.assert_close(latents, expected, rtol=2e-5, atol=2e-5)
-    assert [part.shape for part in stages.decode(pipe, latents)] == [(17, 3, 32, 48)]
 
 
 def test_help_is_quick():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import threading
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anyflow_runtime.cli import build_parser, main
-from anyflow_runtime.commands import generate_stages as stages
-from anyflow_runtime.commands.generate_request import check_request
-from anyflow_runtime.commands.generate_stream import ChunkedVideo
+from anyflow_runtime.cli import main
+from anyflow_runtime.streaming import StreamInferencePipeline
 from anyflow_runtime.video_io import VideoWriter, read_video
+from anyflow_runtime.wan_vae import WanVAEStreamDecoder
 
 pytest.importorskip("diffusers")
 pytest.importorskip("av")
@@ -42,32 +41,48 @@ def generate(models: Path, out: Path, *arguments: str) -> int:
     return main(["generate", "--model", str(models / "far"), "--out", str(out), *VIDEO, *extra, *arguments])
 
 
+def watch_decoding(monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]) -> None:
+    """Call `before` with the index of every chunk that is about to be decoded."""
+    decode = WanVAEStreamDecoder.forward
+
+    def watched(self: Any, input: torch.Tensor, autoregressive_index: int = 0, cache: Any = None) -> torch.Tensor:
+        before(autoregressive_index)
+        return decode(self, input, autoregressive_index, cache)
+
+    monkeypatch.setattr(WanVAEStreamDecoder, "forward", watched)
+
+
+def watch_denoising(monkeypatch: pytest.MonkeyPatch, after: Callable[[int, torch.Tensor], None]) -> None:
+    """Call `after` with index and latents of every chunk, once these have been handed over."""
+    denoise = StreamInferencePipeline.denoise
+
+    def watched(self: Any, index: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        latents = denoise(self, index, *arguments, **keywords)
+        after(index, latents)
+        return latents
+
+    monkeypatch.setattr(StreamInferencePipeline, "denoise", watched)
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, index: int, error: BaseException) -> None:
     """Make the decoding of one chunk raise."""
-    decode = ChunkedVideo.decode
 
-    def failing(self: ChunkedVideo, latents: torch.Tensor, chunk: int) -> torch.Tensor:
+    def failing(chunk: int) -> None:
         if chunk == index:
             raise error
-        return decode(self, latents, chunk)
 
-    monkeypatch.setattr(ChunkedVideo, "decode", failing)
+    watch_decoding(monkeypatch, failing)
 
 
 def test_a_chunk_is_written_before_the_next_is_denoised(models, tmp_path, monkeypatch):
     events: list[str] = []
-    latents, write = ChunkedVideo.latents, VideoWriter.write
-
-    def traced_latents(self: ChunkedVideo, *arguments: Any) -> Any:
-        for part in latents(self, *arguments):
-            events.append(f"denoised {part.shape[1]}")
-            yield part
+    write = VideoWriter.write
 
     def traced_write(self: VideoWriter, frames: torch.Tensor) -> None:
         write(self, frames)
         events.append(f"wrote {len(frames)}")
 
-    monkeypatch.setattr(ChunkedVideo, "latents", traced_latents)
+    watch_denoising(monkeypatch, lambda index, latents: events.append(f"denoised {latents.shape[1]}"))
     monkeypatch.setattr(VideoWriter, "write", traced_write)
     assert generate(models, tmp_path / "o.mp4") == 0
     expected = [
@@ -81,14 +96,12 @@ def test_a_chunk_is_written_before_the_next_is_denoised(models, tmp_path, monkey
 def test_the_file_can_be_played_while_it_is_made(models, tmp_path, monkeypatch):
     """At one frame a second every frame is a fragment of its own, but for those that wait in the encoder."""
     playable: list[int] = []
-    decode = ChunkedVideo.decode
 
-    def watched(self: ChunkedVideo, latents: torch.Tensor, index: int) -> torch.Tensor:
+    def watched(index: int) -> None:
         if index == 3:
             playable.append(len(read_video(tmp_path / "o.partial.mp4")))
-        return decode(self, latents, index)
 
-    monkeypatch.setattr(ChunkedVideo, "decode", watched)
+    watch_decoding(monkeypatch, watched)
     assert generate(models, tmp_path / "o.mp4", "--fps", "1") == 0
     assert 6 <= playable[0] <= 13
     assert not (tmp_path / "o.partial.mp4").exists()
@@ -113,49 +126,34 @@ def test_ctrl_c_leaves_the_finished_chunks(overlap, models, tmp_path, monkeypatc
 
 
 def test_ctrl_c_while_denoising_still_writes_what_is_being_decoded(models, tmp_path, monkeypatch, capfd):
-    latents = ChunkedVideo.latents
+    def interrupted(index: int, latents: torch.Tensor) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
 
-    def interrupted(self: ChunkedVideo, *arguments: Any) -> Any:
-        for index, part in enumerate(latents(self, *arguments)):
-            if index == 2:
-                raise KeyboardInterrupt
-            yield part
-
-    monkeypatch.setattr(ChunkedVideo, "latents", interrupted)
+    watch_denoising(monkeypatch, interrupted)
     assert generate(models, tmp_path / "o.mp4", "--overlap") == 130
     assert "stopped after chunk 1, 9 generated frames" in capfd.readouterr().out
     assert len(read_video(tmp_path / "o.mp4")) == 9
 
 
 def test_overlap_decodes_beside_denoising_and_makes_the_same_file(models, tmp_path, monkeypatch):
-    """Chunk i is decoded only once chunk i + 1 is being denoised; latents, frames and order stay, stats are told."""
-    latents, decode = ChunkedVideo.latents, ChunkedVideo.decode
+    """From the second on a chunk is decoded only once the next one is denoised; latents and frames stay the same."""
     pixels: list[torch.Tensor] = []
+    write = VideoWriter.write
 
-    def kept_decode(self: ChunkedVideo, chunk: torch.Tensor, index: int) -> torch.Tensor:
-        pixels.append(decode(self, chunk, index))
-        return pixels[-1]
+    def kept(self: VideoWriter, frames: torch.Tensor) -> None:
+        pixels.append(frames.clone())
+        write(self, frames)
 
-    monkeypatch.setattr(ChunkedVideo, "decode", kept_decode)
+    monkeypatch.setattr(VideoWriter, "write", kept)
     assert generate(models, tmp_path / "a.mp4") == 0
-    begun, decoded = ([threading.Event() for _ in FRAMES] for _ in range(2))
+    denoised = [threading.Event() for _ in FRAMES]
+    watch_denoising(monkeypatch, lambda index, latents: denoised[index].set())
 
-    def watched_latents(self: ChunkedVideo, *arguments: Any) -> Any:
-        begun[0].set()
-        for index, part in enumerate(latents(self, *arguments)):
-            yield part
-            if index + 1 < len(FRAMES):
-                begun[index + 1].set()
-                assert decoded[index].wait(20)
+    def watched(index: int) -> None:
+        assert index == 0 or denoised[min(index + 1, len(FRAMES) - 1)].wait(20)
 
-    def watched_decode(self: ChunkedVideo, chunk: torch.Tensor, index: int) -> torch.Tensor:
-        assert begun[min(index + 1, len(FRAMES) - 1)].wait(20)
-        frames = kept_decode(self, chunk, index)
-        decoded[index].set()
-        return frames
-
-    monkeypatch.setattr(ChunkedVideo, "latents", watched_latents)
-    monkeypatch.setattr(ChunkedVideo, "decode", watched_decode)
+    watch_decoding(monkeypatch, watched)
     assert generate(models, tmp_path / "b.mp4", "--overlap") == 0
     a, b = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in "ab")
     assert torch.equal(a, b) and len(read_video(tmp_path / "b.mp4")) == sum(FRAMES)
@@ -230,30 +228,24 @@ def test_stats_of_a_bidirectional_model_are_one_chunk(models, tmp_path):
     assert [(chunk["latent_frames"], chunk["frames"]) for chunk in stats["chunks"]] == [(3, 9)]
 
 
-def test_offloading_gives_the_same_video(models, tmp_path):
-    """The text encoder leaves before chunks are made; the CPU stands in for the GPU."""
-    arguments = ["generate", *VIDEO, "--model", str(models / "far"), "--out", str(tmp_path / "o.mp4")]
-    request = check_request(build_parser().parse_args(arguments))
-    videos = []
-    for offload in (False, True):
-        asked = replace(request, offload=offload)
-        pipe = stages.load(asked)
-        assert hasattr(pipe.transformer, "_hf_hook") == offload
-        text = stages.encode_text(pipe, asked)
-        video = ChunkedVideo(pipe, asked)
-        videos.append(torch.cat([video.decode(part, i) for i, part in enumerate(video.latents(*text, None))]))
-    assert videos[0].shape == (17, 3, 32, 48)
-    torch.testing.assert_close(videos[1], videos[0], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     ("model", "component", "weight", "named"),
     [
-        ("far", "text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight", "text_encoder.encoder.block.0."),
-        ("bidirectional", "text_encoder", "encoder.final_layer_norm.weight", "text_encoder.encoder.final_layer_norm"),
+        (
+            "far",
+            "text_encoder",
+            "encoder.block.0.layer.0.SelfAttention.q.weight",
+            "transformer.context_encoder.text_encoder.encoder.block.0.",
+        ),
+        (
+            "bidirectional",
+            "text_encoder",
+            "encoder.final_layer_norm.weight",
+            "transformer.context_encoder.text_encoder.encoder.final_layer_norm",
+        ),
         ("far", "transformer", "blocks.0.attn1.to_q.weight", "transformer.model.blocks.0."),
         ("far", "vae", "decoder.conv_in.weight", "decoder.decoder.conv_in.weight"),
-        ("bidirectional", "transformer", "blocks.0.attn1.to_q.weight", "transformer.blocks.0."),
+        ("bidirectional", "transformer", "blocks.0.attn1.to_q.weight", "transformer.model.blocks.0."),
     ],
 )
 def test_check_finite_names_the_weight(model, component, weight, named, models, tmp_path, capfd):

@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 from anyflow_runtime.serving import uploads
 from anyflow_runtime.serving.app import create_app
 from anyflow_runtime.serving.errors import RequestError
-from anyflow_runtime.serving.limits import Limits, check_change, check_start, chunks_of
+from anyflow_runtime.serving.limits import Limits, check_change, check_start
 from anyflow_runtime.serving.rollouts import Rollout, RolloutQueue
 from anyflow_runtime.serving.videos import VideoStore
 
@@ -250,11 +250,16 @@ def test_page_allows_only_its_own_script(gate):
 
 def test_chunks_follow_the_model_and_end_where_the_video_does():
     released = (1, 3, 3, 3, 3, 3, 3, 2)
-    assert chunks_of(81, released) == released
-    assert chunks_of(1, released) == (1,)
-    assert chunks_of(29, released) == (1, 3, 3, 1)
-    assert chunks_of(93, released) == (1, 3, 3, 3, 3, 3, 3, 3, 2)
-    assert chunks_of(81, None) == (21,) and chunks_of(9, (1, 2), temporal_ratio=1) == (1, 2, 2, 2, 2)
+    limits = Limits(max_height=64, max_width=64, height=64, width=64)
+
+    def chunks(frames: int, partition: tuple[int, ...] | None) -> tuple[int, ...]:
+        return check_start({"prompt": "a fox", "frames": frames}, limits, partition).chunks
+
+    assert chunks(81, released) == released
+    assert chunks(1, released) == (1,)
+    assert chunks(29, released) == (1, 3, 3, 1)
+    assert chunks(93, released) == (1, 3, 3, 3, 3, 3, 3, 3, 2)
+    assert chunks(81, None) == (21,)
 
 
 def test_guidance_changes_only_where_there_was_some():

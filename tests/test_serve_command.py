@@ -19,9 +19,9 @@ pytest.importorskip("PIL")
 
 from anyflow_runtime.cli import build_parser, main
 from anyflow_runtime.commands import serve
-from anyflow_runtime.commands.model_directory import ModelDirectory
 from anyflow_runtime.serving.limits import check_start
 from anyflow_runtime.serving.rollouts import Rollout
+from anyflow_runtime.streaming import ModelDirectory
 from anyflow_runtime.streaming.pixel_model import CLASS_NAME, PixelModelIndex
 from anyflow_runtime.video_io import read_video
 
@@ -52,7 +52,7 @@ def test_bad_arguments_are_one_line_and_exit_code_2(arguments, expected, models,
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("anyflow_runtime.commands.generate_stages.load_pipeline", load)
+    monkeypatch.setattr("anyflow_runtime.streaming.open_model", load)
     given = arguments.replace("{}", str(models)).split()
     assert main(["serve", "--model", str(models / "far"), *given]) == 2
     error = capfd.readouterr().err

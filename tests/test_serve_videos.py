@@ -18,7 +18,6 @@ pytest.importorskip("PIL")
 
 from starlette.testclient import TestClient
 
-from anyflow_runtime.commands.generate_stream import encoder_of, streaming_pipeline
 from anyflow_runtime.serving import engine
 from anyflow_runtime.serving.app import create_app
 from anyflow_runtime.serving.engine import StreamEngine
@@ -53,7 +52,7 @@ def client(pipe: Any) -> Iterator[TestClient]:
 def engine_client(pipe: Any) -> Iterator[TestClient]:
     """The application with the real engine."""
     videos = VideoStore(keep=2)
-    engine = StreamEngine(streaming_pipeline(pipe, 1, prompts=True, decode=True), videos, LIMITS, encoder_of(pipe))
+    engine = StreamEngine(pipe, videos, LIMITS)
     with client_of(create_app(engine.run, engine.partition, videos, LIMITS)) as client:
         yield client
 
@@ -67,8 +66,7 @@ def test_frames_and_file_are_those_of_the_streaming_pipeline(client, pipe, tmp_p
         done, messages = until(live, "done")
     pictures = [np.asarray(Image.open(io.BytesIO(m))) for m in messages if isinstance(m, bytes)]
     chunks = [m for m in messages if isinstance(m, dict) and m["type"] == "chunk"]
-    pipeline = streaming_pipeline(pipe, 1, prompts=True, decode=True)
-    parts = stream(pipeline, "a red fox", chunk_partition=(1, 3, 1), seed=5, height=32, width=48)
+    parts = stream(pipe, "a red fox", chunk_partition=(1, 3, 1), seed=5, height=32, width=48)
     frames = ((torch.cat([part[0] for part in parts]) + 1) / 2).clamp(0, 1)
     assert [chunk["frames"] for chunk in chunks] == [1, 12, 4] and len(pictures) == 17
     shown = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
@@ -94,26 +92,25 @@ def test_prompt_and_steps_change_from_the_next_chunk_on(models, pipe, monkeypatc
         writer.write(pixels)
 
     videos = VideoStore()
-    engine = module.StreamEngine(streaming_pipeline(pipe, 1, prompts=True, decode=True), videos, LIMITS)
+    engine = module.StreamEngine(pipe, videos, LIMITS)
     monkeypatch.setattr(module, "_publish", publish)
     rollout = Rollout(check_start(START, LIMITS, PARTITION), lambda message: None)
-    generate, generated = engine._pipeline.generate, []
+    denoise, generated = engine._pipeline.denoise, []
 
     def watched(index: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
         generated.append(index)
         if index == 0:  # while the first chunk is made
             rollout.change(PageChange(prompt="a blue whale"))
             rollout.change(PageChange(steps=3))
-        return generate(index, *arguments, **keywords)
+        return denoise(index, *arguments, **keywords)
 
-    monkeypatch.setattr(engine._pipeline, "generate", watched)
+    monkeypatch.setattr(engine._pipeline, "denoise", watched)
     engine.run(rollout)
     videos.close()
     assert generated == [0, 1, 2]
     assert [(m["prompt"], m["steps"]) for m, _ in published] == [("a red fox", 1)] + [("a blue whale", 3)] * 2
 
-    pipeline = streaming_pipeline(pipe, 1, prompts=True, decode=True)
-    chunks = stream(pipeline, "a red fox", chunk_partition=(1, 3, 1), seed=5, height=32, width=48)
+    chunks = stream(pipe, "a red fox", chunk_partition=(1, 3, 1), seed=5, height=32, width=48)
     expected = [next(chunks), chunks.send(Change(prompt="a blue whale", steps=3)), next(chunks)]
     for (_, pixels), frames in zip(published, expected, strict=True):
         assert torch.equal(pixels, module._pixels(frames))
@@ -160,18 +157,17 @@ def test_old_videos_make_way(client):
     ],
 )
 def test_what_was_made_before_a_failure_can_be_downloaded(error, expected, pipe, monkeypatch):
-    pipeline: Any = streaming_pipeline(pipe, 1, prompts=True, decode=True)
-    generate = pipeline.generate
+    denoise = pipe.denoise
 
     def failing(index: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
         if index == 2:
             raise error
-        return generate(index, *arguments, **keywords)
+        return denoise(index, *arguments, **keywords)
 
-    monkeypatch.setattr(pipeline, "generate", failing)
+    monkeypatch.setattr(pipe, "denoise", failing)
     videos = VideoStore()
     emitted: list[Any] = []
-    StreamEngine(pipeline, videos, LIMITS).run(Rollout(check_start(START, LIMITS, PARTITION), emitted.append))
+    StreamEngine(pipe, videos, LIMITS).run(Rollout(check_start(START, LIMITS, PARTITION), emitted.append))
     assert emitted[-1]["type"] == "error" and emitted[-1]["message"] == expected
     path = videos.get(emitted[-1]["video"])
     assert path is not None and len(read_video(path)) == 13
@@ -193,8 +189,7 @@ def test_no_path_reaches_the_file_system(path, client):
 
 def pixels_of(pipe: Any, **settings: Any) -> list[torch.Tensor]:
     """What the engine should show: the library's frames of the same video."""
-    pipeline = streaming_pipeline(pipe, 1, prompts=True, decode=True)
-    parts = stream(pipeline, "a red fox", seed=5, height=32, width=48, **settings)
+    parts = stream(pipe, "a red fox", seed=5, height=32, width=48, **settings)
     return [engine._pixels(frames) for frames in parts]
 
 
@@ -209,7 +204,7 @@ def made(pipe: Any, monkeypatch: pytest.MonkeyPatch, upload: Any = None, **messa
 
     monkeypatch.setattr(engine, "_publish", publish)
     videos = VideoStore()
-    maker = StreamEngine(streaming_pipeline(pipe, 1, prompts=True, decode=True), videos, LIMITS, encoder_of(pipe))
+    maker = StreamEngine(pipe, videos, LIMITS)
     given = {} if upload is None else {"context": "token"}
     request = check_start({**START, **given, **message}, LIMITS, maker.partition, {"token": upload}.get)
     maker.run(Rollout(request, emitted.append))
@@ -236,7 +231,7 @@ def test_a_video_begins_with_the_upload(form, count, pipe, monkeypatch):
     upload = check_upload(data, 41)
     video = upload.read(count, (32, 48))
     assert video.shape == (count, 3, 32, 48)
-    expected = pixels_of(pipe, chunk_partition=(1, 3, 1), context_video=video[None], video_encoder=encoder_of(pipe))
+    expected = pixels_of(pipe, chunk_partition=(1, 3, 1), context_video=video[None])
     got = made(pipe, monkeypatch, upload)
     assert equal(got, expected) and not equal(got[:1], pixels_of(pipe, chunk_partition=(1, 3, 1))[:1])
 
@@ -245,7 +240,7 @@ def test_a_video_begins_with_the_upload(form, count, pipe, monkeypatch):
 def test_a_bidirectional_model_makes_the_video_as_one_chunk(begun, models, monkeypatch):
     pipe = load(models / "bidirectional")
     upload = check_upload(picture(torch.rand(3, 32, 48), "PNG"), 41) if begun else None
-    context = {"context_video": upload.read(1, (32, 48))[None], "video_encoder": encoder_of(pipe)} if upload else {}
+    context = {"context_video": upload.read(1, (32, 48))[None]} if upload else {}
     expected = pixels_of(pipe, chunk_partition=(5,), **context)
     got = made(pipe, monkeypatch, upload)
     assert len(got) == 1 and len(got[0]) == 17 and equal(got, expected)

@@ -10,6 +10,8 @@ from . import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from ..streaming.model_directory import ModelDirectory
+
 DTYPES = {
     "fp32": "float32",
     "bf16": "bfloat16",
@@ -92,3 +94,17 @@ def resolve_device(text: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def model_directory(path: str, text: bool = True) -> ModelDirectory:
+    """What lies in the directory of `--model`, with its text encoder if that is needed.
+
+    Raises:
+        UsageError: if it is not there, is no AnyFlow pipeline, or lacks a component.
+    """
+    from ..streaming.model_directory import read_model_directory
+
+    try:
+        return read_model_directory(path, text=text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--{error}" if str(error).startswith("model: ") else f"--model: {error}") from error

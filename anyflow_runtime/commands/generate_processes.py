@@ -7,14 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from ..parallel import context_parallel, process_group
-from . import UsageError, generate_stages
-from .generate_request import GenerateRequest
-from .generate_stream import ChunkedVideo
+from ..parallel import process_group
+from . import UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,10 +37,6 @@ class Processes:
     def count(self) -> int:
         return 1 if self.mesh is None else self.mesh.size()
 
-    def share(self, model: Any) -> None:
-        """Let all of them run a model together."""
-        context_parallel(model, self.mesh, self.mode)
-
 
 @contextmanager
 def processes(args: argparse.Namespace) -> Iterator[Processes]:
@@ -64,20 +56,3 @@ def processes(args: argparse.Namespace) -> Iterator[Processes]:
     with process_group(args.device) as device:
         args.device = str(device)
         yield Processes(init_device_mesh(device.type, (count,)), args.context_parallel)
-
-
-def denoise_only(
-    pipe: Any,
-    request: GenerateRequest,
-    prompt_embeds: Tensor,
-    negative_prompt_embeds: Tensor | None,
-    context_latents: Tensor | None,
-) -> None:
-    """This process's part of the video, in step with the first process."""
-    if request.chunks is None:
-        pipe.set_progress_bar_config(disable=True)
-        condition = (prompt_embeds, negative_prompt_embeds, context_latents)
-        generate_stages.denoise(pipe, request, *condition, on_step=lambda: None)
-        return
-    for _ in ChunkedVideo(pipe, request).latents(prompt_embeds, negative_prompt_embeds, context_latents):
-        pass

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from anyflow_kernels import load_ops
 
+from ..causal_time import context_lengths, partition_for, total_latent_frames, total_pixel_frames
+from ..streaming.model_directory import ModelDirectory
 from ..video_io import read_image, read_video
 from . import UsageError
-from .arguments import resolve_device
-from .model_directory import ModelDirectory, read_model_directory
+from .arguments import model_directory, resolve_device
 
 OUTPUTS = (".mp4", ".gif", ".png")
 _DEFAULT_FRAMES = 81
@@ -65,7 +66,11 @@ class GenerateRequest:
 
     @property
     def latent_frames(self) -> int:
-        return (self.frames - 1) // self.model.temporal_ratio + 1
+        return total_latent_frames(self.frames, self.model.temporal_ratio)
+
+    def generated_chunks(self, given: int) -> int:
+        """Chunks that are not given, for a video that begins with `given` latent frames."""
+        return sum(1 for end in accumulate(self.chunks or (self.latent_frames,)) if end > given)
 
 
 def check_request(args: argparse.Namespace) -> GenerateRequest:
@@ -84,7 +89,7 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
     for name, path in (("--out", args.out), ("--stats", args.stats), ("--save-latents", args.save_latents)):
         _check_writable(name, path)
     prompt = _prompt(args)
-    model = read_model_directory(args.model, text=args.prompt_embeds is None)
+    model = model_directory(args.model, text=args.prompt_embeds is None)
     if args.match_diffusers_padding and not model.causal:
         raise UsageError(f"--match-diffusers-padding: got with {model.pipeline}, expected a causal (FAR) model")
     size = args.size or model.default_size
@@ -201,12 +206,16 @@ def _frames_and_chunks(args: argparse.Namespace, model: ModelDirectory) -> tuple
     if args.chunks is not None and not model.causal:
         raise UsageError(f"--chunks: got with {model.pipeline}, which has none; expected a causal (FAR) model")
     own, ratio = model.chunk_partition, model.temporal_ratio
-    frames = args.frames or ((sum(args.chunks or own) - 1) * ratio + 1 if args.chunks or own else _DEFAULT_FRAMES)
-    if (frames - 1) % ratio:
-        raise UsageError(f"--frames: got {frames}, expected {ratio}n + 1, such as {frames - (frames - 1) % ratio}")
+    if args.frames:
+        frames = args.frames
+    else:
+        frames = total_pixel_frames(sum(args.chunks or own), ratio) if args.chunks or own else _DEFAULT_FRAMES
+    try:
+        latent_frames = total_latent_frames(frames, ratio)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
     if not model.causal:
         return frames, None
-    latent_frames = (frames - 1) // ratio + 1
     if args.chunks is not None:
         total = sum(args.chunks)
         if total != latent_frames:
@@ -220,16 +229,7 @@ def _frames_and_chunks(args: argparse.Namespace, model: ModelDirectory) -> tuple
             f"--chunks: needed, for the model's own {list(own)} cover {sum(own)} of the {latent_frames} latent frames "
             f"of {frames} frames"
         )
-    return frames, _leading(own, latent_frames)
-
-
-def _leading(partition: tuple[int, ...], frames: int) -> tuple[int, ...]:
-    """The first chunks of a partition, the last one cut to end at `frames`."""
-    chunks: list[int] = []
-    for chunk in partition:
-        if sum(chunks) < frames:
-            chunks.append(min(chunk, frames - sum(chunks)))
-    return tuple(chunks)
+    return frames, partition_for(latent_frames, own)
 
 
 def _context(
@@ -248,7 +248,7 @@ def _context(
     else:
         context = _read_video(path, args.context_frames, frames, size)
     count = len(context)
-    allowed = [n for n in _context_lengths(frames, chunks, ratio) if n < frames]
+    allowed = context_lengths(total_latent_frames(frames, ratio), chunks, ratio)
     if count not in allowed:
         cure = " (--context-frames takes the first ones of a longer video)" if args.video is not None else ""
         got = f"{count}{' or more' if count == frames else ''} frames"
@@ -270,9 +270,3 @@ def _read_video(path: str, wanted: int | None, frames: int, size: tuple[int, int
         return read_video(path, frames, size)
     except ValueError:  # it is shorter, as it should be, or damaged, which shows again
         return read_video(path, None, size)
-
-
-def _context_lengths(frames: int, chunks: tuple[int, ...] | None, ratio: int) -> list[int]:
-    """Frames that end where a latent frame does, and for a causal model where a chunk does."""
-    ends = accumulate(chunks) if chunks else range(1, (frames - 1) // ratio + 2)
-    return [(end - 1) * ratio + 1 for end in ends]

@@ -14,11 +14,19 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from . import UsageError
-from .arguments import BACKENDS, dtype_name, frame_size, guidance_scale, resolve_device, whole_number
+from .arguments import (
+    BACKENDS,
+    dtype_name,
+    frame_size,
+    guidance_scale,
+    model_directory,
+    resolve_device,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from ..serving.limits import Limits
-    from .model_directory import ModelDirectory
+    from ..streaming.model_directory import ModelDirectory
 
 MAX_CONNECTIONS = 64
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
@@ -79,11 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     from anyflow_kernels import load_ops
 
-    from .model_directory import read_model_directory
-
     device = resolve_device(args.device)
     load_ops(args.backend)  # raises, with the reason, if it cannot run here
-    model = read_model_directory(args.model)
+    model = model_directory(args.model)
     limits = _limits(args, model)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     # Before the model: an address in use should not cost the minutes of loading it.
@@ -113,18 +119,19 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
     from ..serving.engine import StreamEngine
     from ..serving.guard import LOOPBACK
     from ..serving.videos import VideoStore
-    from .generate_stages import load_pipeline
-    from .generate_stream import encoder_of, streaming_pipeline
+    from ..streaming import open_model
 
-    pipe = load_pipeline(model, device=device, dtype=dtype, backend=args.backend, compile=args.compile)
-    pipeline = streaming_pipeline(pipe, args.steps, prompts=True, decode=True)
+    pipeline = open_model(
+        model, device=device, dtype=dtype, backend=args.backend, steps=args.steps, compile=args.compile
+    )
     videos = VideoStore()
-    engine = StreamEngine(pipeline, videos, limits, encoder_of(pipe), model.default_zoom)
+    engine = StreamEngine(pipeline, videos, limits, model.default_zoom)
     own_names = () if args.host in _ANY_ADDRESS else (args.host,)
     return create_app(engine.run, engine.partition, videos, limits, (*LOOPBACK, *own_names, *args.allow_host))
 
 
 def _limits(args: argparse.Namespace, model: ModelDirectory) -> Limits:
+    from ..causal_time import total_pixel_frames
     from ..serving.errors import RequestError
     from ..serving.limits import Limits
 
@@ -141,7 +148,7 @@ def _limits(args: argparse.Namespace, model: ModelDirectory) -> Limits:
             max_upload=args.max_upload * 2**20,
             height=size[0],
             width=size[1],
-            frames=args.frames or (own - 1) * model.temporal_ratio + 1,
+            frames=args.frames or total_pixel_frames(own, model.temporal_ratio),
             steps=args.steps,
             guidance=args.guidance,
             fps=args.fps or model.default_fps,

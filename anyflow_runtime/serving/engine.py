@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..streaming import AnyFlowFARStream, StreamInferencePipeline, stream
 from ..streaming import Change as StreamChange
@@ -28,7 +28,6 @@ class StreamEngine:
         pipeline: with an AnyFlow transformer, a text encoder in it, and a decoder.
         videos: keeps the files.
         limits: for the frame rate.
-        video_encoder: of video in [0, 1], for videos that begin with an upload.
         zoom: side of the square that shows a pixel.
     """
 
@@ -37,11 +36,9 @@ class StreamEngine:
         pipeline: StreamInferencePipeline,
         videos: VideoStore,
         limits: Limits,
-        video_encoder: nn.Module | None = None,
         zoom: int = 1,
     ) -> None:
         self._pipeline: Any = pipeline
-        self._video_encoder = video_encoder
         self._videos = videos
         self._fps, self._zoom = limits.fps, zoom
 
@@ -97,7 +94,6 @@ class StreamEngine:
                 height=request.height,
                 width=request.width,
                 context_video=context,
-                video_encoder=self._video_encoder,
                 overlap=False,  # a change is to show in the very next chunk
             )
             rollout.emit(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from ..causal_time import context_lengths, partition_for, total_latent_frames, total_pixel_frames
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class RolloutRequest:
 
     @property
     def frames(self) -> int:
-        return (sum(self.chunks) - 1) * self.temporal_ratio + 1
+        return total_pixel_frames(sum(self.chunks), self.temporal_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,10 @@ def check_start(
     """
     frames = _whole(message, "frames", 1, limits.max_frames, limits.frames)
     ratio, multiple = limits.temporal_ratio, limits.size_multiple
-    if (frames - 1) % ratio:
-        raise RequestError(f"frames: got {frames}, expected {ratio}n + 1, such as {frames - (frames - 1) % ratio}")
+    try:
+        latent_frames = total_latent_frames(frames, ratio)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
     sides = {}
     for name, limit, default in (
         ("height", limits.max_height, limits.height),
@@ -141,9 +143,9 @@ def check_start(
     negative = None if message.get("negative_prompt") in (None, "") else _text(message, "negative_prompt", limits)
     if negative is not None and guidance == 1:
         raise RequestError("negative_prompt: has no effect at guidance 1, expected guidance above 1")
-    chunks = chunks_of(frames, partition, ratio)
-    ends = range(1, chunks[0]) if partition is None else list(accumulate(chunks))[:-1]
-    context, context_frames = _context(message, [(end - 1) * ratio + 1 for end in ends], uploads)
+    chunks = (latent_frames,) if partition is None else partition_for(latent_frames, partition)
+    allowed = context_lengths(latent_frames, None if partition is None else chunks, ratio)
+    context, context_frames = _context(message, allowed, uploads)
     return RolloutRequest(
         prompt=_text(message, "prompt", limits),
         steps=_whole(message, "steps", 1, limits.max_steps, limits.steps),
@@ -177,20 +179,6 @@ def check_change(message: Mapping[str, Any], limits: Limits, request: RolloutReq
         expected = "above 1, as the video began with guidance" if request.guidance > 1 else "1, as the video began"
         raise RequestError(f"guidance: got {guidance:g}, expected {expected}")
     return Change(prompt=prompt, steps=steps, guidance=guidance if request.guidance > 1 else None)
-
-
-def chunks_of(frames: int, partition: Sequence[int] | None, temporal_ratio: int = 4) -> tuple[int, ...]:
-    """Latent frames per chunk of a video: the model's first chunk, then its largest, and what is left at the end; all
-    in one chunk if there is no partition.
-    """
-    left = (frames - 1) // temporal_ratio + 1
-    if partition is None:
-        return (left,)
-    chunks: list[int] = []
-    while left:
-        chunks.append(min(left, max(partition) if chunks else partition[0]))
-        left -= chunks[-1]
-    return tuple(chunks)
 
 
 def _context(

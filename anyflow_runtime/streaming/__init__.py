@@ -1,58 +1,89 @@
-"""Streaming inference: configs, pipeline, and the parts it drives."""
+"""Streaming inference: from a model's directory to frames, chunk by chunk, and the contracts of the parts."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from ..config import FrozenDict, InstantiateConfig, PrintableConfig, derive_config
+from ..decoders.base import DecoderConfig, StreamingDecoder, StreamingDecoderCache, StreamingVideoDecoder
+from ..encoders.base import (
+    Encoder,
+    EncoderConfig,
+    NullEncoder,
+    NullEncoderConfig,
+    StreamingEncoder,
+    StreamingEncoderCache,
+    StreamingVideoEncoder,
+)
+from ..errors import LifecycleError, NonFiniteError
+from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition
+from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
+from .bidirectional_stream import (
+    AnyFlowBidirectionalStream,
+    AnyFlowBidirectionalStreamCache,
+    AnyFlowBidirectionalStreamConfig,
+)
+from .diffusion_model import DiffusionModel, DiffusionModelConfig, FinalState
+from .far_stream import AnyFlowFARStream, AnyFlowFARStreamCache, AnyFlowFARStreamConfig
+from .kv_cache import RollingKVCache
+from .library import stream, video_noise
+from .model_directory import ModelDirectory, read_model_directory
+from .open_model import open_model
+from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache, StreamInferencePipelineConfig
+from .presets import PRESETS, preset, released_pipeline
+from .profiler import EventProfiler
+from .rollout import Change, Decoded, Denoised, Step
+from .transformer import Transformer, TransformerAutoregressiveCache, TransformerConfig
 
-if TYPE_CHECKING:
-    from ..config import FrozenDict as FrozenDict
-    from ..config import InstantiateConfig as InstantiateConfig
-    from ..config import PrintableConfig as PrintableConfig
-    from ..config import derive_config as derive_config
-
-# Loaded on first use: the schedulers import `streaming.config`, and the pipeline imports the schedulers.
-_NAMES_OF = {
-    "async_decoder": ("AsyncDecoder", "PendingFrames", "decode_behind"),
-    "adapter": ("AnyFlowStream", "AnyFlowStreamConfig", "Condition"),
-    "bidirectional_stream": (
-        "AnyFlowBidirectionalStream",
-        "AnyFlowBidirectionalStreamCache",
-        "AnyFlowBidirectionalStreamConfig",
-    ),
-    "..config": ("FrozenDict", "InstantiateConfig", "PrintableConfig", "derive_config"),
-    "diffusion_model": ("DiffusionModel", "DiffusionModelConfig", "FinalState"),
-    "..errors": ("LifecycleError", "NonFiniteError"),
-    "far_stream": ("AnyFlowFARStream", "AnyFlowFARStreamCache", "AnyFlowFARStreamConfig"),
-    "kv_cache": ("RollingKVCache",),
-    "library": ("Change", "stream"),
-    "pipeline": ("StreamInferencePipeline", "StreamInferencePipelineCache", "StreamInferencePipelineConfig"),
-    "presets": ("PRESETS", "preset", "released_pipeline"),
-    "profiler": ("EventProfiler",),
-    "transformer": ("Transformer", "TransformerAutoregressiveCache", "TransformerConfig"),
-    # Defined with the models they belong to, and part of the streaming documents.
-    "..decoders.base": ("DecoderConfig", "StreamingDecoder", "StreamingDecoderCache", "StreamingVideoDecoder"),
-    "..encoders.base": (
-        "Encoder",
-        "EncoderConfig",
-        "NullEncoder",
-        "NullEncoderConfig",
-        "StreamingEncoder",
-        "StreamingEncoderCache",
-        "StreamingVideoEncoder",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULE_OF[name]
-    return getattr(importlib.import_module(module if module.startswith(".") else f".{module}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = [
+    "PRESETS",
+    "AnyFlowBidirectionalStream",
+    "AnyFlowBidirectionalStreamCache",
+    "AnyFlowBidirectionalStreamConfig",
+    "AnyFlowFARStream",
+    "AnyFlowFARStreamCache",
+    "AnyFlowFARStreamConfig",
+    "AnyFlowStream",
+    "AnyFlowStreamConfig",
+    "AsyncDecoder",
+    "Change",
+    "Condition",
+    "Decoded",
+    "DecoderConfig",
+    "Denoised",
+    "DiffusionModel",
+    "DiffusionModelConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EventProfiler",
+    "FinalState",
+    "FrozenDict",
+    "InstantiateConfig",
+    "LifecycleError",
+    "ModelDirectory",
+    "NonFiniteError",
+    "NullEncoder",
+    "NullEncoderConfig",
+    "PendingFrames",
+    "PrintableConfig",
+    "RollingKVCache",
+    "Step",
+    "StreamInferencePipeline",
+    "StreamInferencePipelineCache",
+    "StreamInferencePipelineConfig",
+    "StreamingDecoder",
+    "StreamingDecoderCache",
+    "StreamingEncoder",
+    "StreamingEncoderCache",
+    "StreamingVideoDecoder",
+    "StreamingVideoEncoder",
+    "Transformer",
+    "TransformerAutoregressiveCache",
+    "TransformerConfig",
+    "decode_behind",
+    "derive_config",
+    "open_model",
+    "preset",
+    "read_model_directory",
+    "released_pipeline",
+    "stream",
+    "video_noise",
+]

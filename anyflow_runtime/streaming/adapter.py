@@ -84,6 +84,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         config: an `AnyFlowStreamConfig`.
         model: the model, instead of loading `config.path`.
         context_encoder: instead of building that of the config.
+        device: to load the model to.
     Raises:
         ValueError: if not exactly one of `model` and `config.path` is given.
         TypeError: for a model of another class.
@@ -92,7 +93,11 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
     model_class: ClassVar[type[AnyFlowModel]]
 
     def __init__(
-        self, config: Any, model: AnyFlowModel | None = None, context_encoder: torch.nn.Module | None = None
+        self,
+        config: Any,
+        model: AnyFlowModel | None = None,
+        context_encoder: torch.nn.Module | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__(config)
         if (model is None) == (config.path is None):
@@ -100,7 +105,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
             raise ValueError(f"model, path: got {given}, expected exactly one of setup(model=...) and config.path")
         if model is not None and not isinstance(model, self.model_class):
             raise TypeError(f"model: got {type(model).__name__}, expected {self.model_class.__name__}")
-        self.model: Any = self._load(config) if model is None else model
+        self.model: Any = self._load(config, device) if model is None else model
         if model is not None and config.dtype is not None and config.dtype != self.model.dtype:
             raise ValueError(f"dtype: got {config.dtype} for a given model of {self.model.dtype}")
         if config.backend is not None:
@@ -109,13 +114,13 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
             context_encoder = config.context_encoder.setup()
         self.context_encoder: Any = context_encoder
 
-    def _load(self, config: Any) -> AnyFlowModel:
+    def _load(self, config: Any, device: torch.device | str | None) -> AnyFlowModel:
         directory = local_directory(config.path, config.subfolder)
-        return self.model_class.from_pretrained(directory, config.subfolder, config.dtype)
+        return self.model_class.from_pretrained(directory, config.subfolder, config.dtype, device)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device if self.turns is None else self.turns.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -172,12 +177,14 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
                 )
             image_embeddings = image_embeddings.to(self.device, self.dtype)
         if not guidance_scale > 1.0:
+            self._settle()
             return Condition(text, image_embeddings, batch, None)
         if negative_prompt is None and negative_text_embeddings is None and isinstance(prompt, (str, list, tuple)):
             negative_prompt = ""
         negative = self._embeddings(
             "negative_prompt", negative_prompt, "negative_text_embeddings", negative_text_embeddings
         )
+        self._settle()
         if negative.shape[0] == 1:
             negative = negative.expand(batch, -1, -1)
         if negative.shape != text.shape:
@@ -187,6 +194,10 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
             )
         image = None if image_embeddings is None else torch.cat([image_embeddings, image_embeddings])
         return Condition(torch.cat([negative, text]), image, batch, float(guidance_scale))
+
+    def _settle(self) -> None:
+        if self.turns is not None:  # the text encoder has had its turn
+            self.turns.settle()
 
     def _embeddings(self, prompt_name: str, prompt: Any, name: str, embeddings: Tensor | None) -> Tensor:
         if (prompt is None) == (embeddings is None):

@@ -1,7 +1,7 @@
 """Decode chunk i while chunk i + 1 is being denoised.
 
-On CUDA the decoder runs on a stream of its own, ordered after the work that made the latents.  Elsewhere it runs at
-once, or if asked on a thread of its own, which takes its cores from the denoiser.
+On CUDA the decoder runs on a stream of its own, ordered after the work that made the latents; elsewhere on a thread of
+its own, which takes its cores from the denoiser.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class AsyncDecoder:
     Args:
         decoder: any `StreamingDecoder`, or a function with its keywords.  While chunks are pending, nothing else may
             use the cache given with them.
-        worker: decode latents that are not on a GPU in a thread, instead of at once.
+        overlap: decode beside what the caller does next, on a CUDA stream or in a thread; else at once.
     """
 
-    def __init__(self, decoder: Callable[..., Tensor], worker: bool = False) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Callable[..., Tensor], overlap: bool = True) -> None:
+        self.decoder, self.overlap = decoder, overlap
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="anyflow-decoder") if worker else None
+        self._worker: ThreadPoolExecutor | None = None
 
     def submit(self, input: Tensor, autoregressive_index: int = 0, cache: Any = None) -> PendingFrames:
         """Start decoding a chunk; arguments and errors are those of the decoder, the chunk named in a note.
@@ -94,8 +94,10 @@ class AsyncDecoder:
         """
         if input.is_cuda:
             return _finished(self._on_stream(input, autoregressive_index, cache))
-        if self._worker is None:
+        if not self.overlap:
             return _finished(self._timed(input, autoregressive_index, cache))
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="anyflow-decoder")
         return PendingFrames(self._worker.submit(self._timed, input, autoregressive_index, cache))
 
     def close(self) -> None:
@@ -112,10 +114,11 @@ class AsyncDecoder:
         self.close()
 
     def _on_stream(self, input: Tensor, index: int, cache: Any) -> _Decoded:
+        current = torch.cuda.current_stream(input.device)
         if input.device not in self._streams:
-            self._streams[input.device] = torch.cuda.Stream(input.device)
+            self._streams[input.device] = torch.cuda.Stream(input.device) if self.overlap else current
         stream = self._streams[input.device]
-        stream.wait_stream(torch.cuda.current_stream(input.device))
+        stream.wait_stream(current)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
             with torch.cuda.stream(stream):
@@ -141,19 +144,16 @@ def decode_behind(
     submit: Callable[[Tensor, int], PendingFrames],
     *,
     behind: int = 1,
-    from_first: bool = True,
-    after: type[BaseException] = Exception,
 ) -> Generator[PendingFrames, Any, None]:
-    """The frames of chunks of latents, in order, each handed over when `behind` later chunks have been submitted.
+    """The frames of chunks of latents, in order, each handed over when `behind` later chunks have been submitted; the
+    first is handed over at once, so that a picture is there early.
 
-    If making or submitting a chunk fails, the frames of those before it still come first, then the error.
+    If making or submitting a chunk fails, or is interrupted, the frames of those before it still come first.
 
     Args:
         chunks: makes the latents; what is sent to this generator is sent on to it.
         submit: of an `AsyncDecoder`; given the latents and the index.
         behind: 0 hands every chunk over before the next is made.
-        from_first: False hands the first chunk over at once, so that a picture is there early.
-        after: errors that the frames under way come before; others are raised at once.
     """
     pending: deque[PendingFrames] = deque()
     failure: BaseException | None = None
@@ -163,11 +163,11 @@ def decode_behind(
             pending.append(submit(chunks.send(sent), index))
         except StopIteration:
             break
-        except after as error:
+        except BaseException as error:
             failure = error
             break
         sent = None
-        if len(pending) > behind or not (index or from_first):
+        if len(pending) > behind or index == 0:
             sent = yield pending.popleft()
     while pending:
         yield pending.popleft()

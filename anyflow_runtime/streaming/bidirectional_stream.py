@@ -73,9 +73,13 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
     model_class = AnyFlowTransformer3DModel
 
     def __init__(
-        self, config: AnyFlowBidirectionalStreamConfig, model: Any = None, context_encoder: Any = None
+        self,
+        config: AnyFlowBidirectionalStreamConfig,
+        model: Any = None,
+        context_encoder: Any = None,
+        device: Any = None,
     ) -> None:
-        super().__init__(config, model, context_encoder)
+        super().__init__(config, model, context_encoder, device)
         self._latest: weakref.ref[AnyFlowBidirectionalStreamCache] | None = None
 
     @property

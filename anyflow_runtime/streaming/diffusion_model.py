@@ -140,6 +140,7 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         noise: Tensor | None = None,
         rng: torch.Generator | None = None,
         steps: int | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, FinalState[TransformerCacheT]]:
         """Denoise one chunk.
 
@@ -150,6 +151,7 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
             noise: the initial noise, unpatchified (..., T, C, H, W), instead of a draw.
             rng: generator to draw from instead of the model's.
             steps: denoising steps, for schedulers that can change them; None as configured.
+            on_step: called after each call of the network, with its number from 1.
         Returns:
             The clean latent, unpatchified, and what `finalize` needs.
         Raises:
@@ -166,7 +168,8 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         clean = transformer.known_latent(autoregressive_index, cache)
         if clean is None:
             x = self._initial_noise(autoregressive_index, cache, noise, rng)
-            clean = scheduler.sample(x, self._predictor(autoregressive_index, cache, input), rng)
+            predict = self._predictor(autoregressive_index, cache, input, on_step)
+            clean = scheduler.sample(x, predict, rng)
             if self.config.noise_in_unpatchified_shape:
                 clean = transformer.patchify_and_maybe_split_cp(clean)
         clean = transformer.postprocess_clean_latent(clean, cache, input)
@@ -218,24 +221,32 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         self._check(f"noise of chunk {index}", noise)
         return noise if unpatchified else patchified
 
-    def _predictor(self, index: int, cache: TransformerCacheT, input: Any) -> Callable[..., Tensor]:
+    def _predictor(
+        self,
+        index: int,
+        cache: TransformerCacheT,
+        input: Any,
+        on_step: Callable[[int], None] | None,
+    ) -> Callable[..., Any]:
         """What the scheduler calls: `(x, t)`, or `(x, t, r_timestep)` for a flow map."""
         transformer, unpatchified = self.transformer, self.config.noise_in_unpatchified_shape
         calls = 0
 
-        def call(x: Tensor, timestep: Tensor, **target: Tensor) -> Tensor:
+        def call(x: Tensor, timestep: Tensor, **target: Tensor) -> Any:
             nonlocal calls
             if unpatchified:
                 x = transformer.patchify_and_maybe_split_cp(x)
             flow = transformer.predict_flow(x, timestep, cache=cache, input=input, **target)
             self._check(f"flow of chunk {index}, network call {calls}", flow)
             calls += 1
+            if on_step is not None:
+                on_step(calls)
             return transformer.unpatchify_and_maybe_gather_cp(flow) if unpatchified else flow
 
-        def flow(x: Tensor, timestep: Tensor) -> Tensor:
+        def flow(x: Tensor, timestep: Tensor) -> Any:
             return call(x, timestep)
 
-        def flow_map(x: Tensor, timestep: Tensor, r_timestep: Tensor) -> Tensor:
+        def flow_map(x: Tensor, timestep: Tensor, r_timestep: Tensor) -> Any:
             return call(x, timestep, r_timestep=r_timestep)
 
         return flow_map if self._takes_r else flow

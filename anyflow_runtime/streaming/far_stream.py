@@ -144,8 +144,10 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
 
     model_class = AnyFlowFARTransformer3DModel
 
-    def __init__(self, config: AnyFlowFARStreamConfig, model: Any = None, context_encoder: Any = None) -> None:
-        super().__init__(config, model, context_encoder)
+    def __init__(
+        self, config: AnyFlowFARStreamConfig, model: Any = None, context_encoder: Any = None, device: Any = None
+    ) -> None:
+        super().__init__(config, model, context_encoder, device)
         if config.phantom_padding is not None:
             self.model.phantom_padding = config.phantom_padding
         self._latest: weakref.ref[AnyFlowFARStreamCache] | None = None
@@ -239,11 +241,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         input: Any = None,
         r_timestep: Tensor | None = None,
     ) -> Tensor:
-        """The average velocity of the current chunk from `timestep` to `r_timestep` (None: instantaneous).
-
-        Raises:
-            ValueError: for an input; the model takes none.
-        """
+        """The average velocity of the current chunk; see `AnyFlowStream.predict_flow`."""
         self.no_input(input)
         condition, far = cache.condition, cache.far
         partition = (*(chunk.frames for chunk in cache.finished), noisy_latent.shape[1])

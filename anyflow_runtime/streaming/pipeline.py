@@ -12,7 +12,7 @@ Source: the Pipeline chapter of the streaming documents.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -40,6 +40,7 @@ class StreamInferencePipelineConfig(InstantiateConfig):
         diffusion_model: transformer and scheduler.
         decoder: latents to frames; None returns the clean latents.
         encoder: encodes the input of every chunk; None for a pipeline without one.
+        video_encoder: encodes frames that a video is to begin with; built when the first ones come.
         enable_sync_and_profile: time every stage, log a line per chunk. Waits for the device once per chunk.
     """
 
@@ -48,6 +49,7 @@ class StreamInferencePipelineConfig(InstantiateConfig):
     diffusion_model: DiffusionModelConfig
     decoder: DecoderConfig | None = None
     encoder: EncoderConfig | None = None
+    video_encoder: EncoderConfig | None = None
     enable_sync_and_profile: bool = False
 
 
@@ -82,8 +84,8 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
 
     Args:
         config: a `StreamInferencePipelineConfig`.
-        transformer, encoder, decoder: parts to use instead of building those of the config, such as modules that share
-            weights with a diffusers pipeline.
+        transformer, encoder, decoder, video_encoder: parts to use instead of building those of the config, such as
+            modules that share weights with a diffusers pipeline.
     Raises:
         TypeError: if the encoder or decoder is none that streams.
     """
@@ -95,6 +97,7 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         transformer: Transformer | None = None,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
+        video_encoder: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -102,6 +105,24 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         self.diffusion_model: DiffusionModel = config.diffusion_model.setup(**given)
         self.encoder: Any = _part("encoder", encoder, config.encoder)
         self.decoder: Any = _part("decoder", decoder, config.decoder)
+        self.video_encoder: Any = video_encoder
+
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Latents (B, F, C, h, w) of frames (B, T, 3, H, W) that a video is to begin with.
+
+        Raises:
+            ValueError: for a pipeline without a video encoder.
+        """
+        transformer = self.diffusion_model.transformer
+        if self.video_encoder is None:
+            if self.config.video_encoder is None:
+                raise ValueError("context_video: got it for a pipeline without a video encoder, expected video_encoder")
+            self.video_encoder = self.config.video_encoder.setup()
+            if transformer.turns is None:
+                self.video_encoder.to(transformer.device)
+        with nullcontext() if transformer.turns is None else transformer.turns.lend(self.video_encoder):
+            return self.video_encoder(video.to(transformer.device)).to(transformer.dtype)
 
     def initialize_cache(
         self,
@@ -161,7 +182,7 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         Raises:
             LifecycleError: (a ValueError and AssertionError) on a call out of order.
         """
-        return self._generate(autoregressive_index, cache, input, noise, steps, decoder=self.decoder)
+        return self._generate(autoregressive_index, cache, input, noise, steps, self.decoder)
 
     @torch.no_grad()
     def denoise(
@@ -172,15 +193,24 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         *,
         noise: Tensor | None = None,
         steps: int | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """`generate` without the decoder: the clean latent (..., T, C, H, W).
 
-        For a caller that decodes it elsewhere, every chunk and in order, with `cache.decoder_cache`.
+        For a caller that decodes it elsewhere, every chunk and in order, with `cache.decoder_cache`. `on_step` is
+        called after each call of the network, with its number from 1.
         """
-        return self._generate(autoregressive_index, cache, input, noise, steps, decoder=None)
+        return self._generate(autoregressive_index, cache, input, noise, steps, None, on_step)
 
     def _generate(
-        self, autoregressive_index: int, cache: Any, input: Any, noise: Tensor | None, steps: int | None, decoder: Any
+        self,
+        autoregressive_index: int,
+        cache: Any,
+        input: Any,
+        noise: Tensor | None,
+        steps: int | None,
+        decoder: Any,
+        on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         self._check_generate(autoregressive_index, cache, input)
         model, finite = self.diffusion_model, self.config.diffusion_model.check_finite
@@ -192,18 +222,24 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         caches = (cache.encoder_cache, *(() if decoder is None else (cache.decoder_cache,)))
         with _undone_on_error(rng, *caches):
             encoded = None
-            with _stage(profiler, "encode"):
+            with stage(profiler, "encode"):
                 if self.encoder is not None:
                     encoded = self.encoder(
                         input=input, autoregressive_index=autoregressive_index, cache=cache.encoder_cache
                     )
             if finite and isinstance(encoded, Tensor):
                 check_finite(f"encoder output of chunk {autoregressive_index}", encoded)
-            with _stage(profiler, "diffuse"):
+            with stage(profiler, "diffuse"):
                 output, state = model.generate(
-                    autoregressive_index, cache.transformer_cache, encoded, noise=noise, rng=rng, steps=steps
+                    autoregressive_index,
+                    cache.transformer_cache,
+                    encoded,
+                    noise=noise,
+                    rng=rng,
+                    steps=steps,
+                    on_step=on_step,
                 )
-            with _stage(profiler, "decode"), noting(f"while decoding chunk {autoregressive_index}"):
+            with stage(profiler, "decode"), noting(f"while decoding chunk {autoregressive_index}"):
                 if decoder is not None:
                     output = decoder(input=output, autoregressive_index=autoregressive_index, cache=cache.decoder_cache)
             if finite:
@@ -231,7 +267,7 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         if cache.final_state is None or autoregressive_index != cache.autoregressive_index:
             state = "nothing to finalize" if cache.final_state is None else f"chunk {cache.autoregressive_index}"
             raise LifecycleError(f"autoregressive_index: got {autoregressive_index} to finalize, expected {state}")
-        with _undone_on_error(cache.final_state.rng), _stage(cache.event_profiler, "finalize"):
+        with _undone_on_error(cache.final_state.rng), stage(cache.event_profiler, "finalize"):
             self.diffusion_model.finalize(cache.final_state)
         cache.final_state = None
         if cache.event_profiler is None:
@@ -268,7 +304,8 @@ def _cache_of(part: Any, context: dict[str, Any] | None) -> Any:
     return None if part is None else part.initialize_autoregressive_cache(**(context or {}))
 
 
-def _stage(profiler: EventProfiler | None, name: str) -> AbstractContextManager[None]:
+def stage(profiler: EventProfiler | None, name: str) -> AbstractContextManager[None]:
+    """Time the block as this stage, if anything is timed."""
     return nullcontext() if profiler is None else profiler.stage(name)
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..decoders.pixels import PixelDecoderConfig
 from ..encoders.pixels import PixelEncoderConfig
 from ..encoders.words import WordEncoderConfig
@@ -70,7 +72,12 @@ def read_index(directory: str | os.PathLike[str]) -> PixelModelIndex:
 
 
 def pixel_pipeline(
-    path: str | os.PathLike[str] = DEMO_MODEL, *, name: str = "pixels", steps: int = 4, backend: str | None = None
+    path: str | os.PathLike[str] = DEMO_MODEL,
+    *,
+    name: str = "pixels",
+    steps: int = 4,
+    backend: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> StreamInferencePipelineConfig:
     """The config of a pixel model's pipeline.
 
@@ -79,6 +86,7 @@ def pixel_pipeline(
         name: slug of the pipeline.
         steps: denoising steps per chunk.
         backend: see `anyflow_kernels.load_ops`; None is "auto".
+        dtype: of the transformer; None as stored.
     Raises:
         FileNotFoundError, ValueError: as `read_index`.
     """
@@ -88,6 +96,7 @@ def pixel_pipeline(
         diffusion_model=DiffusionModelConfig(
             transformer=AnyFlowFARStreamConfig(
                 path=str(path),
+                dtype=dtype,
                 backend=backend,
                 context_encoder=WordEncoderConfig(path=str(Path(path) / "text_encoder")),
                 height=index.height,
@@ -96,6 +105,7 @@ def pixel_pipeline(
             scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps, shift=index.shift),
         ),
         decoder=PixelDecoderConfig(latent_range=index.latent_range),
+        video_encoder=PixelEncoderConfig(latent_range=index.latent_range, pixel_range="unit"),
     )
 
 

@@ -8,11 +8,14 @@ Sizes, shift and partition are those the models were made with: the released one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..encoders.text import UMT5TextEncoderConfig
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from ..wan_vae.decoder import WanVAEStreamDecoderConfig
+from ..wan_vae.encoder import WanVAEEncoderConfig
 from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
@@ -29,6 +32,9 @@ def released_pipeline(
     causal: bool,
     steps: int = 4,
     dtype: torch.dtype | None = torch.bfloat16,
+    chunk_partition: Sequence[int] | None = None,
+    shift: float = 5.0,
+    num_train_timesteps: int = 1000,
 ) -> StreamInferencePipelineConfig:
     """The config of a pipeline directory in diffusers' format, or of a hub repository that holds one.
 
@@ -38,24 +44,30 @@ def released_pipeline(
         causal: an AnyFlow-FAR checkpoint, else a bidirectional one.
         steps: denoising steps per chunk.
         dtype: of all weights, save those that stay fp32; None as stored.
+        chunk_partition: latent frames per chunk; None is that of the released models.
+        shift, num_train_timesteps: of the schedule.
     """
     # The adapters' own defaults for the latent size are those of the released models.
     text = UMT5TextEncoderConfig(path=path, dtype=dtype)
     transformer: AnyFlowFARStreamConfig | AnyFlowBidirectionalStreamConfig
     if causal:
         transformer = AnyFlowFARStreamConfig(
-            path=path, dtype=dtype, context_encoder=text, chunk_partition=RELEASED_PARTITION
+            path=path, dtype=dtype, context_encoder=text, chunk_partition=chunk_partition or RELEASED_PARTITION
         )
     else:
         transformer = AnyFlowBidirectionalStreamConfig(
-            path=path, dtype=dtype, context_encoder=text, chunk_partition=(sum(RELEASED_PARTITION),)
+            path=path, dtype=dtype, context_encoder=text, chunk_partition=chunk_partition or (sum(RELEASED_PARTITION),)
         )
     return StreamInferencePipelineConfig(
         name=name,
         diffusion_model=DiffusionModelConfig(
-            transformer=transformer, scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps, shift=5.0)
+            transformer=transformer,
+            scheduler=FlowMapEulerSchedulerConfig(
+                num_inference_steps=steps, shift=shift, num_train_timesteps=num_train_timesteps
+            ),
         ),
         decoder=WanVAEStreamDecoderConfig(path=path, dtype=dtype),
+        video_encoder=WanVAEEncoderConfig(path=path, dtype=dtype, pixel_range="unit"),
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InstantiateConfig
+from .offload import Turns
 
 
 class TransformerAutoregressiveCache:
@@ -54,6 +55,8 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
     Unpatchified latents are (..., T, C, H, W). Patchified is whatever `patchify_and_maybe_split_cp` makes of them.
     """
 
+    turns: Turns | None = None  # with offloading: who has the device
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
@@ -61,6 +64,8 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
     @property
     def device(self) -> torch.device:
         """That of the first parameter; the CPU if there is none."""
+        if self.turns is not None:
+            return self.turns.device
         first = next(self.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 

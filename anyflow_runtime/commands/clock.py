@@ -1,4 +1,4 @@
-"""Seconds per stage of a command, and the most memory it took."""
+"""Seconds of each part of a command's work, and the most memory it took."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import torch
 
 
-class StageClock:
-    """Adds up wall seconds per stage, in the order the stages first ran. On CUDA a stage ends when its kernels have,
-    those of the current stream.
+class Clock:
+    """Adds up wall seconds per part, in the order the parts first ran. On CUDA a part ends when its kernels have, those
+    of the current stream.
 
     Attributes:
-        seconds: by stage.
+        seconds: by part.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,16 +26,16 @@ class StageClock:
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
+    def __call__(self, part: str) -> Iterator[None]:
         start = self.now()
         try:
             yield
         finally:
-            self.add(stage, self.now() - start)
+            self.add(part, self.now() - start)
 
-    def add(self, stage: str, seconds: float) -> None:
+    def add(self, part: str, seconds: float) -> None:
         """Count seconds that were measured elsewhere."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     def now(self) -> float:
         """A time in seconds at which all work issued so far is done, but for that of other CUDA streams."""
@@ -44,7 +44,7 @@ class StageClock:
         return time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds since the clock was made; less than the sum of stages that ran side by side."""
+        """Seconds since the clock was made; less than the sum of parts that ran side by side."""
         return self.now() - self._begin
 
     def peak_memory(self) -> dict[str, int]:

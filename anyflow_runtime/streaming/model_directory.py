@@ -4,17 +4,16 @@ model."""
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..streaming.pixel_model import CLASS_NAME, DEMO_MODEL, PixelModelIndex, read_index
-from . import UsageError
+from .pixel_model import CLASS_NAME, DEMO_MODEL, PixelModelIndex, read_index
 
 PIPELINES = {"AnyFlowFARPipeline": True, "AnyFlowPipeline": False, CLASS_NAME: True}  # and whether each is causal
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 BUNDLED = {"demo": DEMO_MODEL}
-_COMPONENTS = ("transformer", "vae", "scheduler", *TEXT_COMPONENTS)
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,14 @@ class ModelDirectory:
         return 4 if self.pixels is None else 1
 
     @property
+    def spatial_ratio(self) -> int:
+        """Pixels per latent, along height and width."""
+        return 8 if self.pixels is None else 1
+
+    @property
     def size_multiple(self) -> int:
-        """What height and width are multiples of: the VAE's 8 and a patch."""
-        patch = max(self.transformer.get("patch_size", (1, 2, 2))[1:])
-        return patch * (8 if self.pixels is None else 1)
+        """What height and width are multiples of: those of a latent and of a patch."""
+        return self.spatial_ratio * max(self.transformer.get("patch_size", (1, 2, 2))[1:])
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -69,44 +72,51 @@ class ModelDirectory:
         """Side of the square that a file shows for each pixel."""
         return 1 if self.pixels is None else self.pixels.zoom
 
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """`shift` and `num_train_timesteps` of its sampler, as far as they are said."""
+        if self.pixels is not None:
+            return {"shift": self.pixels.shift}
+        config = _read_json(self.path / "scheduler" / "scheduler_config.json", "the config of the scheduler")
+        return {name: config[name] for name in ("shift", "num_train_timesteps") if name in config}
 
-def read_model_directory(path: str | Path, text: bool = True) -> ModelDirectory:
+
+def read_model_directory(path: str | os.PathLike[str], *, text: bool = True, decode: bool = True) -> ModelDirectory:
     """Look at a model directory.
 
     Args:
         path: of the directory, or the name of a bundled model ("demo").
-        text: whether its text encoder will be needed.
-
+        text, decode: whether its text encoder and its VAE will be needed.
     Raises:
-        UsageError: if it is not there, is no AnyFlow pipeline, or lacks a component.
+        FileNotFoundError: if it is not there, or lacks a component.
+        ValueError: if it is no AnyFlow pipeline.
     """
-    path = BUNDLED.get(str(path), Path(path))
-    if not path.is_dir():
-        raise UsageError(f"--model: no directory {path}; a model on the hub has to be downloaded first (hf download)")
-    index = _read_json(path / "model_index.json", "a pipeline directory in diffusers' format")
+    directory = BUNDLED.get(str(path), Path(path))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"model: no directory {directory}; a model on the hub has to be downloaded first (hf download)"
+        )
+    index = _read_json(directory / "model_index.json", "a pipeline directory in diffusers' format")
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
-        raise UsageError(f"--model: {path} holds {pipeline}, expected one of {', '.join(PIPELINES)}")
-    components = _COMPONENTS if pipeline != CLASS_NAME else ("transformer", "text_encoder")
-    needed = [name for name in components if text or name not in TEXT_COMPONENTS]
-    missing = [name for name in needed if not (path / name).is_dir()]
+        raise ValueError(f"model: got {directory}, which holds {pipeline}, expected one of {', '.join(PIPELINES)}")
+    needed = ["transformer", *(TEXT_COMPONENTS[: 1 if pipeline == CLASS_NAME else 2] if text else ())]
+    if pipeline != CLASS_NAME:
+        needed += ["scheduler", *(["vae"] if decode else [])]
+    missing = [name for name in needed if not (directory / name).is_dir()]
     if missing:
-        raise UsageError(f"--model: {path} has no {', '.join(missing)}")
-    config = _read_json(path / "transformer" / "config.json", "the config of the transformer")
-    try:
-        pixels = read_index(path) if pipeline == CLASS_NAME else None
-    except ValueError as error:
-        raise UsageError(f"--model: {error}") from error
-    return ModelDirectory(path, pipeline, config, pixels)
+        raise FileNotFoundError(f"model: {directory} has no {', '.join(missing)}")
+    config = _read_json(directory / "transformer" / "config.json", "the config of the transformer")
+    return ModelDirectory(directory, pipeline, config, read_index(directory) if pipeline == CLASS_NAME else None)
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     if not path.is_file():
-        raise UsageError(f"--model: no {path.name} in {path.parent}, expected {what}")
+        raise FileNotFoundError(f"model: no {path.name} in {path.parent}, expected {what}")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise UsageError(f"--model: {path} is not valid JSON ({error})") from error
+        raise ValueError(f"model: {path} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UsageError(f"--model: {path} holds a JSON {type(content).__name__}, expected an object")
+        raise ValueError(f"model: {path} holds a JSON {type(content).__name__}, expected an object")
     return content

@@ -1,0 +1,186 @@
+"""The one way to a pipeline: from a directory, a preset's name, the bundled demo, or models that are loaded already."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..acceleration import accelerate
+from ..config import derive_config
+from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
+from ..models import AnyFlowFARTransformer3DModel
+from ..models.base import AnyFlowModel
+from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
+from ..wan_vae import WanVAEEncoder, WanVAEEncoderConfig, WanVAEStreamDecoder, WanVAEStreamDecoderConfig
+from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
+from .diffusion_model import DiffusionModelConfig
+from .far_stream import AnyFlowFARStreamConfig
+from .model_directory import ModelDirectory, read_model_directory
+from .offload import OnTurn, Turns
+from .pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
+from .pixel_model import pixel_pipeline
+from .presets import PRESETS, released_pipeline
+
+
+def open_model(
+    source: str | os.PathLike[str] | ModelDirectory | nn.Module | Any,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    steps: int = 4,
+    text: bool = True,
+    decode: bool = True,
+    offload: bool = False,
+    compile: bool | dict[str, Any] = False,
+    match_diffusers_padding: bool = False,
+    check_finite: bool = False,
+) -> StreamInferencePipeline:
+    """A pipeline that `stream` makes videos with.
+
+    Weights go straight to the device. Frames that a video begins with (`context_video`) are taken in [0, 1].
+
+    Args:
+        source: a directory in diffusers' format or of a pixel model, the name of a preset (`PRESETS`; the checkpoint
+            is downloaded where it is not in the hub's cache), "demo", or what is loaded already: a diffusers
+            `AnyFlowPipeline` or `AnyFlowFARPipeline`, which is accelerated and shares its weights, or an AnyFlow
+            transformer, for a pipeline of embeddings and latents.
+        device: of the work; None: the GPU if there is one, or where the models of a loaded source lie.
+        dtype: of all weights, save those that stay fp32; None: bf16 on a GPU and fp32 on a CPU, or as loaded.
+        backend: see `anyflow_kernels.load_ops`.
+        steps: denoising steps per chunk, where `stream` is not told another number.
+        text: False leaves the text encoder out: prompts are embeddings then.
+        decode: False leaves the decoder out: `stream` gives latents then.
+        offload: keep on the device only the models that are running.
+        compile: compile the transformer's blocks; True, or keywords of `torch.compile`.
+        match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference lets into every softmax.
+        check_finite: stop at the first weight, embedding, latent or frame that is NaN or infinite; slower.
+
+    Raises:
+        FileNotFoundError: without such a directory, or one of its parts.
+        ValueError: for a directory that does not load, or options that do not fit the source.
+        ImportError: without the packages that read the text encoder or the VAE.
+        RuntimeError: for a backend that cannot run here.
+    """
+    if not isinstance(source, (str, os.PathLike, ModelDirectory)):
+        if offload:
+            raise ValueError("offload: got True with a loaded source, expected False: its own offloading is kept")
+        model = accelerated(source, match_diffusers_padding, compile, backend)
+        if dtype not in (None, model.dtype):
+            raise ValueError(f"dtype: got {dtype} for a source of {model.dtype}, expected None")
+        return _around(source, model, device, steps, text, decode, check_finite)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+    config = pipeline_config(source, steps, dtype, text, decode)
+    config = derive_config(config, diffusion_model={"check_finite": check_finite})
+    path = config.diffusion_model.transformer.path  # type: ignore[attr-defined]
+    try:
+        pipeline = _loaded(config, where, dtype, offload)
+        accelerated(pipeline.diffusion_model.transformer.model, match_diffusers_padding, compile, backend)
+    except (torch.OutOfMemoryError, ImportError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever a library makes of a damaged file
+        raise ValueError(f"model: {path} does not load: {type(error).__name__}: {error}") from error
+    return pipeline
+
+
+def pipeline_config(
+    source: str | os.PathLike[str] | ModelDirectory,
+    steps: int,
+    dtype: torch.dtype,
+    text: bool = True,
+    decode: bool = True,
+) -> StreamInferencePipelineConfig:
+    """The config of a directory's or a preset's pipeline; the arguments are those of `open_model`."""
+    config = _config(source, steps, dtype, text, decode)
+    changes: dict[str, Any] = {}
+    if not text:
+        changes["diffusion_model"] = {"transformer": {"context_encoder": None}}
+    if not decode:
+        changes["decoder"] = None
+    return derive_config(config, **changes)
+
+
+def _config(source: Any, steps: int, dtype: torch.dtype, text: bool, decode: bool) -> StreamInferencePipelineConfig:
+    if isinstance(source, str) and source in PRESETS:
+        stream: Any = PRESETS[source].diffusion_model.transformer
+        if not os.path.isdir(stream.path):
+            causal = isinstance(stream, AnyFlowFARStreamConfig)
+            return released_pipeline(source, stream.path, causal=causal, steps=steps, dtype=dtype)
+        source = stream.path
+    model = source if isinstance(source, ModelDirectory) else read_model_directory(source, text=text, decode=decode)
+    name, path = model.path.name, str(model.path)
+    if model.pixels is not None:
+        return pixel_pipeline(path, name=name, steps=steps, dtype=dtype)
+    sampling: dict[str, Any] = {"chunk_partition": model.chunk_partition or None, **model.schedule}
+    return released_pipeline(name, path, causal=model.causal, steps=steps, dtype=dtype, **sampling)
+
+
+def accelerated(
+    source: Any, match_diffusers_padding: bool, compile: bool | dict[str, Any], backend: str
+) -> AnyFlowModel:
+    """The transformer of a source, on our kernels with these options."""
+    accelerate(source, match_diffusers_padding=match_diffusers_padding, compile=compile, backend=backend)
+    model: Any = source if isinstance(source, nn.Module) else source.transformer
+    return model
+
+
+def _loaded(
+    config: StreamInferencePipelineConfig, device: torch.device, dtype: torch.dtype, offload: bool
+) -> StreamInferencePipeline:
+    place = torch.device("cpu") if offload else device
+    stream: Any = config.diffusion_model.transformer
+    encoder = None if stream.context_encoder is None else stream.context_encoder.setup().to(place)
+    if encoder is not None and not hasattr(encoder.config, "dtype"):
+        encoder.to(dtype)
+    transformer = stream.setup(context_encoder=encoder, device=place)
+    decoder = None if config.decoder is None else config.decoder.setup().to(place)
+    if offload:
+        transformer.turns = Turns(device, [transformer.model, *([] if decoder is None else [decoder])])
+        if encoder is not None:
+            transformer.context_encoder = OnTurn(encoder, transformer.turns)
+    return StreamInferencePipeline(config, transformer=transformer, decoder=decoder).eval()
+
+
+def _around(
+    source: Any,
+    model: AnyFlowModel,
+    device: torch.device | str | None,
+    steps: int,
+    text: bool,
+    decode: bool,
+    check_finite: bool,
+) -> StreamInferencePipeline:
+    """The pipeline around models that are loaded."""
+    where = getattr(source, "_execution_device", model.device) if device is None else torch.device(device)
+    hook = getattr(model, "_hf_hook", None)
+    if hook is not None:  # caches are made where the weights are, and prefilling is not a call that a hook notices
+        hook.pre_forward(model)
+    elif device is not None:
+        model.to(where)
+    parts = {name: getattr(source, name, None) for name in ("text_encoder", "tokenizer", "vae", "scheduler")}
+    encoder = None
+    if text and parts["text_encoder"] is not None:
+        encoder = UMT5TextEncoder(UMT5TextEncoderConfig(), parts["text_encoder"], parts["tokenizer"])
+    decoder = video_encoder = None
+    if parts["vae"] is not None:
+        video_encoder = WanVAEEncoder(WanVAEEncoderConfig(pixel_range="unit"), parts["vae"]).to(where)
+        if decode:
+            decoder = WanVAEStreamDecoder(WanVAEStreamDecoderConfig(), parts["vae"]).to(where)
+    said = getattr(parts["scheduler"], "config", {})
+    schedule = {name: said[name] for name in ("shift", "num_train_timesteps") if name in said}
+    causal = isinstance(model, AnyFlowFARTransformer3DModel)
+    stream = AnyFlowFARStreamConfig() if causal else AnyFlowBidirectionalStreamConfig()
+    config = StreamInferencePipelineConfig(
+        name="loaded",
+        diffusion_model=DiffusionModelConfig(
+            transformer=stream,
+            scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps, **schedule),
+            check_finite=check_finite,
+        ),
+    )
+    transformer = stream.setup(model=model, context_encoder=encoder)
+    return StreamInferencePipeline(config, transformer=transformer, decoder=decoder, video_encoder=video_encoder)

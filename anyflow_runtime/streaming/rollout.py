@@ -1,0 +1,199 @@
+"""The loop behind `stream`: the chunks of one video, the changes on the way, and decoding beside denoising."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import check_finite
+from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
+from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache, stage
+
+Prompt = Any  # a string, several, or text embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What to do differently from the next chunk on; None leaves a setting as it is.
+
+    Args:
+        prompt: a string or a list of strings, or text embeddings (B, S, D).
+        negative_prompt: likewise, with guidance.
+        guidance_scale: above 1, and only in a rollout that began with guidance.
+        steps: denoising steps per chunk.
+    """
+
+    prompt: Prompt | None = None
+    negative_prompt: Prompt | None = None
+    guidance_scale: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A denoising step of chunk `index` has been issued, its `number`-th from 1."""
+
+    index: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Chunk `index` is denoised: its clean `latents` (B, F, C, H, W), and the `seconds` that it took, those in which
+    the chunk before it became context included."""
+
+    index: int
+    latents: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The frames of chunk `index` are there; decoding them took `seconds`."""
+
+    index: int
+    seconds: float
+
+
+Event = Step | Denoised | Decoded
+
+
+class Rollout:
+    """The settings of a video that may change between chunks, and the loop over them.
+
+    Args:
+        on_event: told of every step, of every denoised and of every decoded chunk; at the latter two the host waits
+            for the device.
+        on_stats: told of the timings of every chunk, if the pipeline is profiling.
+    """
+
+    def __init__(
+        self,
+        pipeline: StreamInferencePipeline,
+        prompt: Any,
+        negative_prompt: Any,
+        scale: float,
+        steps: int | None,
+        on_event: Callable[[Event], None] | None = None,
+        on_stats: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.transformer: Any = pipeline.diffusion_model.transformer
+        self.prompt_at = prompt if callable(prompt) else None
+        self.prompt = prompt(0) if callable(prompt) else prompt
+        self.negative_prompt, self.guidance_scale, self.steps = negative_prompt, scale, steps
+        self.on_event, self.on_stats = on_event, on_stats
+        self.noise: Tensor | None = None
+
+    def prompts(self) -> dict[str, Any]:
+        """The prompts as keywords of `make_condition`."""
+        keywords: dict[str, Any] = {"guidance_scale": self.guidance_scale}
+        for prefix, value in (("", self.prompt), ("negative_", self.negative_prompt)):
+            if value is not None:
+                keywords[prefix + ("text_embeddings" if isinstance(value, Tensor) else "prompt")] = value
+        return keywords
+
+    def take_noise(self, noise: Tensor, cache: Any) -> None:
+        """Check that the noise is that of a whole rollout, and keep it as (B, T, C, H, W)."""
+        if cache.num_chunks is None:
+            raise ValueError("noise: got noise for a whole video with endless, expected None")
+        frames = sum(cache.frames_in_chunk(i) for i in range(cache.num_chunks))
+        batch, _, *rest = self.transformer.chunk_latent_shape(0, cache)
+        expected = (batch, rest[0], frames, *rest[1:])
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise: got {tuple(noise.shape)}, expected (B, C, T, H, W) = {expected}")
+        self.noise = noise.transpose(1, 2)
+
+    def apply(self, change: Any, index: int, cache: Any) -> None:
+        """Take over what was sent, and what the prompt function says for the next chunk."""
+        if change is not None and not isinstance(change, Change):
+            change = Change(prompt=change)
+        change = change or Change()
+        if change.steps is not None:
+            self.pipeline.diffusion_model.scheduler_for(change.steps)
+            self.steps = change.steps
+        before = (self.prompt, self.negative_prompt, self.guidance_scale)
+        if change.prompt is not None:
+            self.prompt = change.prompt
+        elif self.prompt_at is not None:
+            asked = self.prompt_at(index)
+            self.prompt = self.prompt if asked is None else asked
+        if change.negative_prompt is not None:
+            self.negative_prompt = change.negative_prompt
+        if change.guidance_scale is not None:
+            self.guidance_scale = change.guidance_scale
+        after = (self.prompt, self.negative_prompt, self.guidance_scale)
+        if not all(_same(a, b) for a, b in zip(before, after, strict=True)):
+            self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
+
+    def frames(self, cache: StreamInferencePipelineCache, overlap: bool, on_host: bool) -> Generator[Tensor, Any, None]:
+        """Frames of every chunk, with `overlap` each decoded while the next is denoised; see `stream`."""
+        finite, profiler = self.pipeline.config.diffusion_model.check_finite, cache.event_profiler
+        with AsyncDecoder(self.pipeline.decoder, overlap) as decoder, closing(self.latents(cache)) as latents:
+
+            def submit(chunk: Tensor, index: int) -> PendingFrames:
+                with stage(profiler, "decode"):
+                    return decoder.submit(chunk, index, cache.decoder_cache)
+
+            pending = decode_behind(latents, submit, behind=int(overlap))
+            change = None
+            for index in count():
+                try:
+                    made = pending.send(change)
+                except StopIteration:
+                    return
+                frames = made.on_host() if on_host else made.wait()
+                if finite:
+                    check_finite(f"output of chunk {index}", frames)
+                if self.on_event is not None:
+                    self.on_event(Decoded(index, made.seconds()))
+                change = yield frames
+                del frames, made  # not kept alive while the next chunk is made
+
+    def latents(self, cache: StreamInferencePipelineCache) -> Generator[Tensor, Any, None]:
+        """Clean latents (B, F, C, H, W) of every chunk; each becomes context when the next one is asked for."""
+        pipeline, state, tell = self.pipeline, cache.transformer_cache, self.on_event
+        start, begin = 0, self._now()
+        for index in count():
+            noise = None
+            if self.noise is not None:
+                end = start + state.frames_in_chunk(index)
+                noise, start = self.noise[:, start:end], end
+            on_step = None if tell is None else lambda number, index=index: tell(Step(index, number))
+            latents = pipeline.denoise(index, cache, noise=noise, steps=self.steps, on_step=on_step)
+            if tell is not None:
+                tell(Denoised(index, latents, self._now() - begin))
+            last = index + 1 == state.num_chunks
+            change = yield latents
+            del latents
+            begin, stats = self._now(), None
+            if not last:
+                # First the change: the finished chunk then becomes context under the new prompt at once.
+                self.apply(change, index + 1, state)
+                stats = pipeline.finalize(index, cache)
+            elif cache.event_profiler is not None:
+                stats = cache.event_profiler.summary()
+            if stats is not None and self.on_stats is not None:
+                self.on_stats(index, stats)
+            if last:
+                return
+
+    def _now(self) -> float:
+        """Seconds; if somebody is told of them, those at which the work issued to the current stream is done."""
+        device = self.transformer.device
+        if self.on_event is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return time.perf_counter()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
+    return bool(a == b)
