@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from anyflow_kernels import Ops
+
 from ..config import InstantiateConfig
 
-FlowFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+FlowFunction = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class ScheduleError(ValueError, AssertionError):
@@ -37,7 +39,34 @@ class FlowPredictor(Protocol):
     named `r` or `r_timestep`, receives the timestep the flow is used to reach.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class GuidedFlow:
+    """A flow that is still to be guided, for samplers whose step does that in the same pass.
+
+    Args:
+        flow: of the prompt.
+        unconditional: of the negative prompt; None without guidance.
+        guidance: scale s in u_n + s (u - u_n).
+        ops: what the step runs on; see `anyflow_kernels.load_ops`.
+    """
+
+    flow: Tensor
+    unconditional: Tensor | None
+    guidance: float
+    ops: Ops
+
+    def combined(self) -> Tensor:
+        """The guided flow, for samplers that need it as such."""
+        if self.unconditional is None:
+            return self.flow
+        return self.unconditional + self.guidance * (self.flow - self.unconditional)
+
+    def step(self, x: Tensor, sigma_t: float, sigma_r: float) -> Tensor:
+        """`x` carried from one noise level to another: guidance and step in one kernel."""
+        return self.ops.flow_map_step(x, self.flow, sigma_t, sigma_r, self.unconditional, self.guidance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +163,17 @@ def flow_function(predict_flow: FlowPredictor, *, wants_r: bool) -> FlowFunction
     """
     pass_r = _how_to_pass_r(predict_flow, wants_r)
 
-    def flow(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    def flow(x: Tensor, t: Tensor, r: Tensor) -> Any:
         if pass_r == "positional":
             out = predict_flow(x, t, r)
         elif pass_r is None:
             out = predict_flow(x, t)
         else:
             out = predict_flow(x, t, **{pass_r: r})
-        if out.shape != x.shape:
+        shape = (out.flow if isinstance(out, GuidedFlow) else out).shape
+        if shape != x.shape:
             raise ValueError(
-                f"predict_flow: expected a flow of shape {tuple(x.shape)}, like its input, got {tuple(out.shape)}"
+                f"predict_flow: expected a flow of shape {tuple(x.shape)}, like its input, got {tuple(shape)}"
             )
         return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .base import (
     FlowPredictor,
+    GuidedFlow,
     ScheduleError,
     Scheduler,
     SchedulerConfig,
@@ -110,7 +112,8 @@ class FlowMapEulerScheduler(Scheduler):
     def step(self, sample: Tensor, predict_flow: FlowPredictor, timestep: float, r_timestep: float) -> Tensor:
         """Carry `sample` from `timestep` to `r_timestep`, any two values in [0, N], by one network call.
 
-        The arithmetic is float32 (float64 for float64 samples); the result has the dtype of `sample`.
+        The arithmetic is float32 (float64 for float64 samples); the result has the dtype of `sample`. A predictor that
+        leaves its guidance to the step (`GuidedFlow`) gets both in one kernel.
 
         Raises:
             ScheduleError: if a timestep is out of range.
@@ -123,7 +126,9 @@ class FlowMapEulerScheduler(Scheduler):
                 raise ScheduleError(f"{name}: expected a value in [0, {count}], got {value}")
         told_r = r_timestep if self.config.use_mean_velocity else timestep
         t, r = (torch.full((), value, dtype=torch.float32, device=sample.device) for value in (timestep, told_r))
-        u = flow_function(predict_flow, wants_r=True)(sample, t, r)
+        u: Any = flow_function(predict_flow, wants_r=True)(sample, t, r)
+        if isinstance(u, GuidedFlow):
+            return u.step(sample, timestep / count, r_timestep / count)
         length = timestep / count - r_timestep / count
         return (sample.to(dtype) - length * u.to(dtype)).to(sample.dtype)
 

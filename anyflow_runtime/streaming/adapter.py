@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..encoders.base import EncoderConfig
 from ..models.base import AnyFlowModel
+from ..schedulers.base import GuidedFlow
 from .transformer import Transformer, TransformerCacheT, TransformerConfig
 
 
@@ -213,15 +215,41 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
             raise ValueError(f"{name}: got {got}, expected (B, S, {text_dim})")
         return embeddings.to(self.device, self.dtype)
 
-    def guided_velocity(
-        self, network: Callable[..., Tensor], condition: Condition, x: Tensor, t: Tensor, r: Tensor
+    def predict_flow(
+        self,
+        noisy_latent: Tensor,
+        timestep: Tensor,
+        cache: TransformerCacheT,
+        input: Any = None,
+        r_timestep: Tensor | None = None,
     ) -> Tensor:
-        """`network(x, t, r)` on one row per prompt, the pair of guided rows combined to u + s (c - u)."""
+        """The average velocity from `timestep` to `r_timestep` (None: instantaneous), guided.
+
+        Raises:
+            ValueError: for an input; the models take none.
+        """
+        return self.guided_flow(noisy_latent, timestep, cache, input, r_timestep).combined()
+
+    @abstractmethod
+    def guided_flow(
+        self,
+        noisy_latent: Tensor,
+        timestep: Tensor,
+        cache: TransformerCacheT,
+        input: Any = None,
+        r_timestep: Tensor | None = None,
+    ) -> GuidedFlow:
+        """As `predict_flow`, with the guidance left to the sampler's step."""
+
+    def _on_rows(
+        self, network: Callable[..., Tensor], condition: Condition, x: Tensor, t: Tensor, r: Tensor
+    ) -> GuidedFlow:
+        """`network(x, t, r)` on one row per prompt; with guidance the negative ones come first."""
         velocity = network(*(condition.rows(tensor) for tensor in (x, t, r)))
         if condition.guidance_scale is None:
-            return velocity
+            return GuidedFlow(velocity, None, 1.0, self.model.ops)
         unconditional, conditional = velocity.chunk(2)
-        return unconditional + condition.guidance_scale * (conditional - unconditional)
+        return GuidedFlow(conditional, unconditional, condition.guidance_scale, self.model.ops)
 
     def latent_size(self, height: int | None, width: int | None, given: Tensor | None) -> tuple[int, int]:
         """Height and width of a rollout: what is asked for, else what is given, else the config's.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LifecycleError
 from ..models.bidirectional import AnyFlowTransformer3DModel
+from ..schedulers.base import GuidedFlow
 from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
 from .transformer import TransformerAutoregressiveCache
 
@@ -137,14 +138,14 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
         """(B, F, C, H, W) of the video."""
         return cache.latent_shape
 
-    def predict_flow(
+    def guided_flow(
         self,
         noisy_latent: Tensor,
         timestep: Tensor,
         cache: AnyFlowBidirectionalStreamCache,
         input: Any = None,
         r_timestep: Tensor | None = None,
-    ) -> Tensor:
+    ) -> GuidedFlow:
         """The average velocity of all frames; given frames enter clean, at t = 0 with r unchanged."""
         self.no_input(input)
         condition, shape = cache.condition, noisy_latent.shape[:2]
@@ -158,7 +159,7 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.model(x, t, r, condition.text, condition.image).sample
 
-        return self.guided_velocity(network, condition, noisy_latent, t, r)
+        return self._on_rows(network, condition, noisy_latent, t, r)
 
     def finalize_kv_cache(
         self, noisy_latent: Tensor, timestep: Tensor, cache: AnyFlowBidirectionalStreamCache, input: Any = None

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..config import InstantiateConfig, derive_config
 from ..errors import check_finite, check_finite_weights
-from ..schedulers.base import Scheduler, SchedulerConfig
+from ..schedulers.base import GuidedFlow, Scheduler, SchedulerConfig
+from ..schedulers.flow_map_stream import FlowMapEulerScheduler
 from .transformer import Transformer, TransformerCacheT, TransformerConfig
 
 
@@ -168,7 +169,7 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         clean = transformer.known_latent(autoregressive_index, cache)
         if clean is None:
             x = self._initial_noise(autoregressive_index, cache, noise, rng)
-            predict = self._predictor(autoregressive_index, cache, input, on_step)
+            predict = self._predictor(scheduler, autoregressive_index, cache, input, on_step)
             clean = scheduler.sample(x, predict, rng)
             if self.config.noise_in_unpatchified_shape:
                 clean = transformer.patchify_and_maybe_split_cp(clean)
@@ -223,21 +224,29 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
 
     def _predictor(
         self,
+        scheduler: Scheduler,
         index: int,
         cache: TransformerCacheT,
         input: Any,
         on_step: Callable[[int], None] | None,
     ) -> Callable[..., Any]:
-        """What the scheduler calls: `(x, t)`, or `(x, t, r_timestep)` for a flow map."""
+        """What the scheduler calls: `(x, t)`, or `(x, t, r_timestep)` for a flow map. Guidance is left to a scheduler
+        that can do it in its step."""
         transformer, unpatchified = self.transformer, self.config.noise_in_unpatchified_shape
+        predict: Callable[..., Any] = transformer.predict_flow
+        if isinstance(scheduler, FlowMapEulerScheduler) and not unpatchified:
+            predict = getattr(transformer, "guided_flow", predict)
         calls = 0
 
         def call(x: Tensor, timestep: Tensor, **target: Tensor) -> Any:
             nonlocal calls
             if unpatchified:
                 x = transformer.patchify_and_maybe_split_cp(x)
-            flow = transformer.predict_flow(x, timestep, cache=cache, input=input, **target)
-            self._check(f"flow of chunk {index}, network call {calls}", flow)
+            flow = predict(x, timestep, cache=cache, input=input, **target)
+            parts = (flow.flow, flow.unconditional) if isinstance(flow, GuidedFlow) else (flow,)
+            for part in parts:
+                if part is not None:
+                    self._check(f"flow of chunk {index}, network call {calls}", part)
             calls += 1
             if on_step is not None:
                 on_step(calls)

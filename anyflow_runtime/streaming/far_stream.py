@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import LifecycleError
 from ..models.cache import FarCache
 from ..models.far import AnyFlowFARTransformer3DModel
+from ..schedulers.base import GuidedFlow
 from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
 from .transformer import TransformerAutoregressiveCache
 
@@ -233,14 +234,14 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
             )
         cache.condition = condition
 
-    def predict_flow(
+    def guided_flow(
         self,
         noisy_latent: Tensor,
         timestep: Tensor,
         cache: AnyFlowFARStreamCache,
         input: Any = None,
         r_timestep: Tensor | None = None,
-    ) -> Tensor:
+    ) -> GuidedFlow:
         """The average velocity of the current chunk; see `AnyFlowStream.predict_flow`."""
         self.no_input(input)
         condition, far = cache.condition, cache.far
@@ -252,7 +253,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.model(x, t, r, condition.text, partition, condition.image, kv_cache=far).sample
 
-        return self.guided_velocity(network, condition, noisy_latent, *times)
+        return self._on_rows(network, condition, noisy_latent, *times)
 
     def finalize_kv_cache(
         self, noisy_latent: Tensor, timestep: Tensor, cache: AnyFlowFARStreamCache, input: Any = None
