@@ -2,11 +2,11 @@
 
     python -m bench.rollout [--model 1.3B 14B] [--steps 1 2 4 8] [--rivals] [--repeats 3] [--json FILE]
 
-Per row: time to the first chunk (graph capture and first-use compilation apart), seconds of denoising and of cache
-steps, FPS of the transformer part (no text encoder, no VAE), peak memory, achieved TFLOP/s (FLOPs counted from the
-layouts) and the share of the floor that the FLOPs allow at the rates of `FLOOR`. `--rivals` adds diffusers' own loop,
-eager and compiled, which must give the same video first (in fp32 at small size: `tests/test_accelerate.py`). Without
-a GPU it says so and stops: `bench/rollout_cpu.py` is the CPU's.
+The video is made by `open_model` and `stream`, as users make it. Per row, of the median run: time to the first chunk
+(graph capture and first-use compilation apart), seconds of denoising and of cache steps, FPS of the transformer part (no
+text encoder, no VAE), peak memory, achieved TFLOP/s (FLOPs counted from the layouts) and the share of the floor that the
+FLOPs allow at the rates of `FLOOR`. `--rivals` adds diffusers' own loop, eager and compiled, which must give the same
+video first. Without a GPU it says so and stops: `bench/rollout_cpu.py` is the CPU's.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anyflow_runtime import AnyFlowFARTransformer3DModel, FarCache
-from anyflow_runtime.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow_runtime import AnyFlowFARTransformer3DModel, derive_config, open_model, stream
 
-from .common import machine_line, write_rows
+from .common import check_close, machine_line, write_rows
 from .costs import rollout_flops
 
 PARTITION, HEIGHT, WIDTH, TEXT_TOKENS = (1, 3, 3, 3, 3, 3, 3, 2), 60, 104, 512
@@ -32,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
     "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824},
 }
-# Seconds the transformer needs at 790 TFLOP/s in GEMMs and 600 in attention (shared/performance_anchors.md, section 6).
+# Seconds the transformer needs on an H200 at 790 TFLOP/s in GEMMs and 600 in attention: `rollout_flops`, split.
 FLOOR = {("1.3B", 1): 0.581, ("1.3B", 4): 1.314, ("14B", 1): 4.05, ("14B", 4): 8.90}
 
 
@@ -65,33 +64,33 @@ def build(model: str, device: str = "cuda") -> AnyFlowFARTransformer3DModel:
     return transformer
 
 
-@torch.no_grad()
 def rollout(model: Any, text: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Times]:
-    """Our loop: N steps and a cache step per chunk."""
-    scheduler = FlowMapEulerDiscreteScheduler(shift=5.0)
-    scheduler.set_timesteps(steps)
-    levels = [1000.0 * s for s in scheduler.sigmas.tolist()]
-    cache = FarCache.for_model(model, PARTITION, HEIGHT, WIDTH, noise.shape[0])
-    video, times = noise.clone(), Times()
-    for i, frames in enumerate(PARTITION):
-        start = sum(PARTITION[:i])
-        clock = _clock()
-        x = video[:, start : start + frames]
-        for t, r in pairwise(levels):
-            ts, rs = (torch.full((x.shape[0], frames), level, device=x.device) for level in (t, r))
-            u = model(x, ts, rs, text, PARTITION[: i + 1], kv_cache=cache, return_dict=False)[0]
-            x = model.ops.flow_map_step(x, u, t / 1000, r / 1000)
-        video[:, start : start + frames] = x
-        times.denoise.append(_clock() - clock)
-        clock = _clock()
-        if i + 1 < len(PARTITION):
-            model.prefill(cache, video[:, : start + frames], PARTITION[: i + 1], text)
-        times.cache.append(_clock() - clock)
-    return video, times
+    """The video that `stream` makes, (1, F, C, H, W) latents; a profiling pipeline waits for the device once a chunk.
+
+    Args:
+        noise: (1, C, F, H, W), of the whole video.
+    """
+    pipeline = open_model(model, steps=steps)
+    pipeline.config = derive_config(pipeline.config, enable_sync_and_profile=True)
+    times = Times()
+
+    def on_stats(_: int, stats: dict[str, float]) -> None:
+        times.denoise.append(stats["diffuse_ms"] / 1e3)
+        times.cache.append(stats["finalize_ms"] / 1e3)
+
+    video = stream(
+        pipeline, text, noise=noise, chunk_partition=PARTITION, height=HEIGHT, width=WIDTH, on_stats=on_stats
+    )
+    return torch.cat([*video], dim=1), times
 
 
-def diffusers_rollout(name: str, ours: Any, text: Tensor, steps: int, compiled: bool) -> float:
-    """Median seconds of diffusers' FAR pipeline loop on the same weights, latents only."""
+def diffusers_rollout(name: str, ours: Any, text: Tensor, noise: Tensor, steps: int, compiled: bool) -> float:
+    """Median seconds of diffusers' FAR pipeline loop on the same weights, latents only.
+
+    Raises:
+        AssertionError: if its video is another one than ours with its phantom keys; two bf16 rollouts of thirty layers
+            and more drift apart by rounding, a wrong one is at a distance of about 1.4.
+    """
     import diffusers
 
     with torch.device("meta"):
@@ -106,23 +105,27 @@ def diffusers_rollout(name: str, ours: Any, text: Tensor, steps: int, compiled: 
     pipe = diffusers.AnyFlowFARPipeline(None, None, model, vae, scheduler)
     pipe.set_progress_bar_config(disable=True)
     seconds = []
-    for _ in range(3):
+    for run in range(4):
         clock = _clock()
-        pipe(
+        video = pipe(
             prompt_embeds=text,
             height=8 * HEIGHT,
             width=8 * WIDTH,
             num_frames=FRAMES,
             num_inference_steps=steps,
             output_type="latent",
-            generator=torch.Generator("cuda").manual_seed(0),
-        )
+            latents=noise,
+        ).frames
         seconds.append(_clock() - clock)
-    return sorted(seconds[1:])[0]
+        if run == 0:
+            ours.phantom_padding = True
+            same, _ = rollout(ours, text, noise, steps)
+            ours.phantom_padding = False
+            check_close(f"diffusers {name}, {steps} steps", video.transpose(1, 2), same, 0.1)
+    return median(seconds[1:])
 
 
-def bench(name: str, steps: int, repeats: int, model: Any, text: Tensor) -> dict[str, Any]:
-    noise = torch.randn(1, sum(PARTITION), 16, HEIGHT, WIDTH, device="cuda", dtype=torch.bfloat16)
+def bench(name: str, steps: int, repeats: int, model: Any, text: Tensor, noise: Tensor) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     clock = _clock()
     _, first = rollout(model, text, noise, steps)
@@ -130,7 +133,7 @@ def bench(name: str, steps: int, repeats: int, model: Any, text: Tensor) -> dict
     runs = [rollout(model, text, noise, steps) for _ in range(repeats)]
     if not all(torch.isfinite(video).all() for video, _ in runs):
         raise AssertionError(f"{name}, {steps} steps: the video is not finite; no time is reported")
-    best = sorted((times for _, times in runs), key=lambda times: times.total)[len(runs) // 2]
+    middle = sorted((times for _, times in runs), key=lambda times: times.total)[len(runs) // 2]
     flops = rollout_flops(PARTITION, HEIGHT, WIDTH, model.config, steps)
     floor = FLOOR.get((name, steps))
     return {
@@ -138,15 +141,15 @@ def bench(name: str, steps: int, repeats: int, model: Any, text: Tensor) -> dict
         "steps": steps,
         "cold_s": cold,
         "cold_first_chunk_s": first.denoise[0],
-        "first_chunk_s": best.denoise[0],
-        "denoise_s": best.denoise,
-        "cache_s": best.cache,
-        "total_s": best.total,
-        "fps": FRAMES / best.total,
+        "first_chunk_s": middle.denoise[0],
+        "denoise_s": middle.denoise,
+        "cache_s": middle.cache,
+        "total_s": middle.total,
+        "fps": FRAMES / middle.total,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "tflops": flops / best.total / 1e12,
+        "tflops": flops / middle.total / 1e12,
         "floor_s": floor,
-        "of_floor": None if floor is None else floor / best.total,
+        "of_floor": None if floor is None else floor / middle.total,
     }
 
 
@@ -175,11 +178,12 @@ def main() -> None:
         model = build(name)
         model.cuda_graphs = not args.no_graphs
         text = torch.randn(1, TEXT_TOKENS, 4096, device="cuda", dtype=torch.bfloat16)
+        noise = torch.randn(1, 16, sum(PARTITION), HEIGHT, WIDTH, device="cuda", dtype=torch.bfloat16)
         for steps in args.steps:
-            row = bench(name, steps, args.repeats, model, text)
+            row = bench(name, steps, args.repeats, model, text, noise)
             if args.rivals:
                 for kind in ("eager", "compiled"):
-                    row[f"diffusers_{kind}_s"] = diffusers_rollout(name, model, text, steps, kind == "compiled")
+                    row[f"diffusers_{kind}_s"] = diffusers_rollout(name, model, text, noise, steps, kind == "compiled")
             rows.append(row)
             share = "" if row["of_floor"] is None else f"   {row['of_floor']:.0%} of the floor"
             rivals = "".join(f"   {k[:-2]} {v:.2f} s" for k, v in row.items() if k.startswith("diffusers_"))

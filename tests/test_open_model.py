@@ -176,3 +176,11 @@ def test_every_step_and_chunk_is_told(models):
     latents = torch.cat([event.latents for event in told if isinstance(event, Denoised)], dim=1)
     assert latents.shape == (1, 4, 16, 4, 6) and frames.shape == (1, 13, 3, 32, 48)
     assert all(event.seconds > 0 for event in told if isinstance(event, (Denoised, Decoded)))
+
+
+def test_a_model_of_ours_keeps_its_settings(models):
+    pipe = accelerate(loaded(models, "far"), match_diffusers_padding=True, backend="reference", cuda_graphs=False)
+    model = open_model(pipe).diffusion_model.transformer.model
+    assert (model.phantom_padding, model.ops.backend, model.cuda_graphs) == (True, "reference", False)
+    open_model(pipe, backend="torch", match_diffusers_padding=False)
+    assert (model.phantom_padding, model.ops.backend, model.cuda_graphs) == (False, "torch", False)

@@ -30,13 +30,13 @@ def open_model(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
     steps: int = 4,
     text: bool = True,
     decode: bool = True,
     offload: bool = False,
     compile: bool | dict[str, Any] = False,
-    match_diffusers_padding: bool = False,
+    match_diffusers_padding: bool | None = None,
     check_finite: bool = False,
 ) -> StreamInferencePipeline:
     """A pipeline that `stream` makes videos with.
@@ -50,13 +50,14 @@ def open_model(
             transformer, for a pipeline of embeddings and latents.
         device: of the work; None: the GPU if there is one, or where the models of a loaded source lie.
         dtype: of all weights, save those that stay fp32; None: bf16 on a GPU and fp32 on a CPU, or as loaded.
-        backend: see `anyflow_kernels.load_ops`.
+        backend: see `anyflow_kernels.load_ops`; None: "auto", or that of a transformer of ours that is loaded.
         steps: denoising steps per chunk, where `stream` is not told another number.
         text: False leaves the text encoder out: prompts are embeddings then.
         decode: False leaves the decoder out: `stream` gives latents then.
         offload: keep on the device only the models that are running.
         compile: compile the transformer's blocks; True, or keywords of `torch.compile`.
-        match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference lets into every softmax.
+        match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference lets into every softmax; None
+            is False, or as a transformer of ours has it.
         check_finite: stop at the first weight, embedding, latent or frame that is NaN or infinite; slower.
 
     Raises:
@@ -120,11 +121,19 @@ def _config(source: Any, steps: int, dtype: torch.dtype, text: bool, decode: boo
 
 
 def accelerated(
-    source: Any, match_diffusers_padding: bool, compile: bool | dict[str, Any], backend: str
+    source: Any, match_diffusers_padding: bool | None, compile: bool | dict[str, Any], backend: str | None
 ) -> AnyFlowModel:
-    """The transformer of a source, on our kernels with these options."""
-    accelerate(source, match_diffusers_padding=match_diffusers_padding, compile=compile, backend=backend)
-    model: Any = source if isinstance(source, nn.Module) else source.transformer
+    """The transformer of a source, on our kernels with these options; one that is ours keeps what None leaves open."""
+    model: Any = source if isinstance(source, nn.Module) else getattr(source, "transformer", None)
+    if not isinstance(model, AnyFlowModel):
+        accelerate(source, backend=backend or "auto")
+    elif backend is not None:
+        model.set_backend(backend)
+    if match_diffusers_padding is not None:
+        model.phantom_padding = match_diffusers_padding
+    if compile:
+        for block in model.blocks:
+            block.compile(**({} if compile is True else compile))
     return model
 
 
