@@ -3,10 +3,10 @@
     python -m bench.rollout [--model 1.3B 14B] [--steps 1 2 4 8] [--rivals] [--repeats 3] [--json FILE]
 
 The video is made by `open_model` and `stream`, as users make it. Per row, of the median run: time to the first chunk
-(graph capture and first-use compilation apart), seconds of denoising and of cache steps, FPS of the transformer part (no
-text encoder, no VAE), peak memory, achieved TFLOP/s (FLOPs counted from the layouts) and the share of the floor that the
-FLOPs allow at the rates of `FLOOR`. `--rivals` adds diffusers' own loop, eager and compiled, which must give the same
-video first. Without a GPU it says so and stops: `bench/rollout_cpu.py` is the CPU's.
+(graph capture and first-use compilation apart), seconds of denoising and of cache steps, FPS of the transformer part
+(no text encoder, no VAE), peak memory, achieved TFLOP/s (FLOPs counted from the layouts) and the share of the floor
+that the FLOPs allow at the rates of `FLOOR`. `--rivals` adds diffusers' own loop, eager and compiled, which must give
+the same video first. Without a GPU it says so and stops: `bench/rollout_cpu.py` is the CPU's.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from anyflow_kernels import load_ops
+
 from ..acceleration import accelerate
 from ..config import derive_config
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
@@ -66,6 +68,7 @@ def open_model(
         ImportError: without the packages that read the text encoder or the VAE.
         RuntimeError: for a backend that cannot run here.
     """
+    load_ops(backend or "auto")  # raises, with the reason, if it cannot run here
     if not isinstance(source, (str, os.PathLike, ModelDirectory)):
         if offload:
             raise ValueError("offload: got True with a loaded source, expected False: its own offloading is kept")
@@ -80,11 +83,11 @@ def open_model(
     path = config.diffusion_model.transformer.path  # type: ignore[attr-defined]
     try:
         pipeline = _loaded(config, where, dtype, offload)
-        accelerated(pipeline.diffusion_model.transformer.model, match_diffusers_padding, compile, backend)
     except (torch.OutOfMemoryError, ImportError, FileNotFoundError):
         raise
     except Exception as error:  # whatever a library makes of a damaged file
         raise ValueError(f"model: {path} does not load: {type(error).__name__}: {error}") from error
+    accelerated(pipeline.diffusion_model.transformer.model, match_diffusers_padding, compile, backend)
     return pipeline
 
 
