@@ -17,7 +17,7 @@ from anyflow_runtime.schedulers import (
 from anyflow_runtime.schedulers.base import ScheduleError
 from anyflow_runtime.streaming import DiffusionModel, DiffusionModelConfig
 
-from .test_streaming_lifecycle import CHANNELS, FRAMES, SIDE, ToyCache, ToyTransformer, ToyTransformerConfig
+from .streaming_toys import CHANNELS, FRAMES, SIDE, ToyCache, ToyTransformer, ToyTransformerConfig
 
 VIDEO = (1, FRAMES, CHANNELS, SIDE, SIDE)
 FLOW_MATCH = FlowMatchSchedulerConfig(num_inference_steps=3, denoising_timesteps=(1000, 600, 300))

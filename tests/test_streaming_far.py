@@ -1,4 +1,4 @@
-"""AnyFlow-FAR as a streaming transformer: latents of diffusers' pipeline, context, prompts, windows."""
+"""AnyFlow-FAR as a streaming transformer: given context, changed prompts, windows, what is refused."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, accelerate
-from anyflow_runtime.encoders import NullEncoderConfig, UMT5TextEncoderConfig
+from anyflow_runtime.encoders import NullEncoderConfig
 from anyflow_runtime.schedulers import (
     FlowMapEulerSchedulerConfig,
     FlowMatchSchedulerConfig,
     FlowMatchUniPCSchedulerConfig,
 )
 from anyflow_runtime.streaming import (
-    AnyFlowBidirectionalStreamConfig,
     AnyFlowFARStreamConfig,
     DiffusionModelConfig,
     LifecycleError,
@@ -25,160 +23,17 @@ from anyflow_runtime.streaming import (
 )
 
 from .parity import FP32_TOLERANCE, relative_error
-
-PARTITION = (1, 2, 2, 1, 2)
-HEIGHT, WIDTH = 8, 12  # of the latents
-TEXT_DIM, STEPS = 24, 2
-MODEL: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 24,
-    "num_layers": 2,
-    "ffn_dim": 64,
-    "text_dim": TEXT_DIM,
-    "freq_dim": 32,
-    "in_channels": 16,
-    "out_channels": 16,
-}
-
-
-def random_model(causal: bool = True, **config: Any) -> Any:
-    """A small model, every weight random."""
-    torch.manual_seed(0)
-    model_class = AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel
-    model = model_class(**(MODEL | config)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def pipeline_of(
-    model: Any,
-    steps: int = STEPS,
-    context_encoder: Any = None,
-    model_config: dict[str, Any] | None = None,
-    **stream: Any,
-) -> StreamInferencePipeline:
-    """A pipeline without a decoder around a model."""
-    causal = isinstance(model, AnyFlowFARTransformer3DModel)
-    kind = AnyFlowFARStreamConfig if causal else AnyFlowBidirectionalStreamConfig
-    sizes = {"height": HEIGHT, "width": WIDTH, "chunk_partition": PARTITION if causal else (sum(PARTITION),)}
-    transformer = kind(**(sizes | stream))
-    config = StreamInferencePipelineConfig(
-        name="far",
-        diffusion_model=DiffusionModelConfig(
-            transformer=transformer,
-            scheduler=FlowMapEulerSchedulerConfig(num_inference_steps=steps),
-            **(model_config or {}),
-        ),
-    )
-    return config.setup(transformer=transformer.setup(model=model, context_encoder=context_encoder))
-
-
-def noise_of(frames: int = sum(PARTITION), batch: int = 1) -> Tensor:
-    """(B, C, T, H, W), as diffusers draws it."""
-    return torch.randn(batch, 16, frames, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
-
-
-def text_of(seed: int, batch: int = 1) -> Tensor:
-    return torch.randn(batch, 5, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-
-
-def rollout(pipeline: StreamInferencePipeline, noise: Tensor, stop: int | None = None, **context: Any) -> Tensor:
-    """(B, T, C, H, W) latents of all chunks, with this initial noise."""
-    cache = pipeline.initialize_cache(context)
-    chunks, start = [], 0
-    state = cache.transformer_cache
-    for i in range(state.num_chunks if stop is None else stop):
-        end = start + state.frames_in_chunk(i)
-        chunks.append(pipeline.generate(i, cache, noise=noise[:, :, start:end].transpose(1, 2)))
-        start = end
-        pipeline.finalize(i, cache)
-    return torch.cat(chunks, dim=1)
-
-
-@pytest.fixture(scope="module")
-def diffusers_pipe() -> Any:
-    pytest.importorskip("diffusers")
-    from bench.tiny_pipeline import tiny_pipeline
-
-    return tiny_pipeline(heads=2, head_dim=24, layers=2, ffn_dim=64, text_dim=TEXT_DIM)
-
-
-@pytest.fixture(scope="module")
-def bidirectional_pipe() -> Any:
-    pytest.importorskip("diffusers")
-    from bench.tiny_pipeline import tiny_pipeline
-
-    return tiny_pipeline(causal=False, heads=2, head_dim=24, layers=2, ffn_dim=64, text_dim=TEXT_DIM)
-
-
-def diffusers_latents(pipe: Any, prompt: Any, noise: Tensor, guidance: float, context: Tensor | None = None) -> Tensor:
-    """(B, T, C, H, W) of the diffusers pipeline."""
-    causal = {"chunk_partition": list(PARTITION)} if "FAR" in type(pipe).__name__ else {}
-    frames = pipe(
-        prompt=prompt,
-        negative_prompt="grey" if guidance > 1 else None,
-        guidance_scale=guidance,
-        height=8 * HEIGHT,
-        width=8 * WIDTH,
-        num_frames=4 * (noise.shape[2] - 1) + 1,
-        num_inference_steps=STEPS,
-        latents=noise.clone(),
-        video_latents=context,
-        output_type="latent",
-        max_sequence_length=16,
-        **causal,
-    ).frames
-    return frames.transpose(1, 2)
-
-
-def like_diffusers(pipe: Any) -> StreamInferencePipeline:
-    """Our pipeline with the weights, text encoder and padding of a diffusers one."""
-    causal = "FAR" in type(pipe).__name__
-    model_class: Any = AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel
-    model = model_class.from_config(pipe.transformer.config).eval()
-    model.load_state_dict(pipe.transformer.state_dict())
-    parts = {"text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer}
-    encoder = UMT5TextEncoderConfig(max_length=16).setup(**parts)
-    padding = {"phantom_padding": True} if causal else {}
-    return pipeline_of(model, context_encoder=encoder, **padding)
-
-
-def context_of(frames: int, batch: int = 1) -> Tensor | None:
-    shape = (batch, frames, 16, HEIGHT, WIDTH)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(4)) if frames else None
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("given", [0, 1, 5], ids=["T2V", "I2V", "V2V"])
-def test_latents_are_those_of_diffusers(diffusers_pipe, given, guidance):
-    prompts = ["a red fox", "rain on a window pane"]
-    noise, context = noise_of(batch=2), context_of(given, batch=2)
-    expected = diffusers_latents(diffusers_pipe, prompts, noise, guidance, context)
-    keywords = {"negative_prompt": "grey", "guidance_scale": guidance, "context_latents": context}
-    latents = rollout(like_diffusers(diffusers_pipe), noise, prompt=prompts, **keywords)
-    assert relative_error(latents, expected) < FP32_TOLERANCE
-
-
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("given", [0, 3], ids=["T2V", "V2V"])
-def test_bidirectional_latents_are_those_of_diffusers(bidirectional_pipe, given, guidance):
-    noise, context = noise_of(), context_of(given)
-    expected = diffusers_latents(bidirectional_pipe, "a red fox", noise, guidance, context)
-    keywords = {"negative_prompt": "grey", "guidance_scale": guidance, "context_latents": context}
-    latents = rollout(like_diffusers(bidirectional_pipe), noise, prompt="a red fox", **keywords)
-    assert relative_error(latents, expected) < FP32_TOLERANCE
-
-
-def test_accelerated_diffusers_transformer_can_be_streamed(diffusers_pipe):
-    """The weights are shared with the pipeline that owns them, which goes on working."""
-    import copy
-
-    transformer = copy.deepcopy(diffusers_pipe.transformer)
-    ours = rollout(like_diffusers(diffusers_pipe), noise_of(), prompt="a red fox")
-    pipeline = pipeline_of(accelerate(transformer), phantom_padding=True)
-    text = like_diffusers(diffusers_pipe).diffusion_model.transformer.context_encoder("a red fox")
-    assert relative_error(rollout(pipeline, noise_of(), text_embeddings=text), ours) < FP32_TOLERANCE
+from .streaming_models import (
+    HEIGHT,
+    PARTITION,
+    WIDTH,
+    context_of,
+    noise_of,
+    pipeline_of,
+    random_model,
+    rollout,
+    text_of,
+)
 
 
 def test_phantom_padding_is_off_unless_asked_for():

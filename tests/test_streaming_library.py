@@ -28,8 +28,8 @@ from anyflow_runtime.streaming import (
     stream,
 )
 
-from .test_streaming_far import TEXT_DIM, random_model, text_of
-from .test_streaming_lifecycle import toy_pipeline
+from .streaming_models import TEXT_DIM, random_model, text_of
+from .streaming_toys import toy_pipeline
 
 PARTITION, SIDE = (1, 2, 2, 1), 4
 CHANNELS = 12  # latents of 2 x 2 RGB pixels

@@ -1,9 +1,7 @@
-"""Pipeline lifecycle: order of calls, misuse, retries, profiling. Its toy parts serve the other streaming tests."""
+"""Pipeline lifecycle: order of calls, misuse, retries."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,187 +9,24 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor, nn
 
-from anyflow_runtime.decoders.base import DecoderConfig, StreamingDecoder, StreamingDecoderCache
-from anyflow_runtime.encoders.base import EncoderConfig, NullEncoderConfig, StreamingEncoder, StreamingEncoderCache
-from anyflow_runtime.schedulers import FlowMapEulerSchedulerConfig, FlowMatchSchedulerConfig, SchedulerConfig
+from anyflow_runtime.encoders.base import EncoderConfig, NullEncoderConfig
+from anyflow_runtime.schedulers import FlowMatchSchedulerConfig
 from anyflow_runtime.streaming import (
-    DiffusionModelConfig,
     LifecycleError,
-    NonFiniteError,
-    RollingKVCache,
-    StreamInferencePipeline,
-    StreamInferencePipelineConfig,
-    Transformer,
-    TransformerAutoregressiveCache,
-    TransformerConfig,
-    derive_config,
 )
 
-FRAMES, CHANNELS, SIDE = 2, 3, 4
-STAGE_KEYS = {"encode_ms", "diffuse_ms", "decode_ms", "finalize_ms", "total_ms", "total_ms_wo_finalize"}
-
-
-class Breaks(RuntimeError):
-    """What a toy part raises when told to."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyTransformerConfig(TransformerConfig):
-    _target: type = field(default_factory=lambda: ToyTransformer)
-    batch: int = 1
-
-
-class ToyCache(TransformerAutoregressiveCache):
-    """One rolling layer, and a log of what was called."""
-
-    def __init__(self, batch: int, width: int, tokens: int) -> None:
-        self.kv = RollingKVCache(batch, 1, width, sink=tokens, window=2 * tokens, chunk=tokens)
-        self.log: list[Any] = []
-
-    def start(self, autoregressive_index: int) -> None:
-        self.log.append(("start", autoregressive_index))
-        self.kv.before_update(autoregressive_index)
-
-    def finalize(self, autoregressive_index: int) -> None:
-        self.log.append(("finalize", autoregressive_index))
-        self.kv.after_update(autoregressive_index)
-
-
-class ToyTransformer(Transformer[ToyCache]):
-    """One attention layer over 2 x 2 patches, in the manner of a streaming Wan; `breaks` makes it fail."""
-
-    def __init__(self, config: ToyTransformerConfig) -> None:
-        super().__init__(config)
-        width = 4 * CHANNELS
-        generator = torch.Generator().manual_seed(1)
-        self.weight = nn.Parameter(torch.randn(3, width, width, generator=generator) / width**0.5)
-        self.breaks = False
-        self.timesteps: list[Tensor] = []
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return (self.config.batch, FRAMES * SIDE * SIDE // 4, 4 * CHANNELS)
-
-    def initialize_autoregressive_cache(self, **context: Any) -> ToyCache:
-        return ToyCache(self.config.batch, self.latent_shape[2], self.latent_shape[1])
-
-    def predict_flow(self, noisy_latent: Tensor, timestep: Tensor, cache: ToyCache, input: Any = None) -> Tensor:
-        cache.log.append(("flow", float(timestep)))
-        self.timesteps.append(timestep)
-        if self.breaks:
-            raise Breaks("transformer")
-        x = noisy_latent if input is None else noisy_latent + input
-        q, k, v = (x @ weight for weight in self.weight)
-        cache.kv.update(k.unsqueeze(2).float(), v.unsqueeze(2).float())
-        k, v = (part.squeeze(2).to(q.dtype) for part in (cache.kv.cached_k(), cache.kv.cached_v()))
-        attention = torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
-        return attention + timestep.to(x.dtype) / 1000
-
-    def patchify_and_maybe_split_cp(self, x: Any) -> Any:
-        b, t, c, h, w = x.shape
-        patches = x.reshape(b, t, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
-        return patches.reshape(b, t * h * w // 4, c * 4)
-
-    def unpatchify_and_maybe_gather_cp(self, x: Tensor) -> Tensor:
-        patches = x.reshape(x.shape[0], FRAMES, SIDE // 2, SIDE // 2, CHANNELS, 2, 2)
-        return patches.permute(0, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], FRAMES, CHANNELS, SIDE, SIDE)
-
-
-@dataclass
-class CountingEncoderCache(StreamingEncoderCache):
-    """Both kinds of state a retry has to find as it was."""
-
-    calls: int = 0
-    seen: list[int] = field(default_factory=list)
-
-
-class CountingEncoder(StreamingEncoder[CountingEncoderCache]):
-    """Adds the number of calls, so a call too many shows in the output."""
-
-    breaks = False
-
-    def initialize_autoregressive_cache(self, **context: Any) -> CountingEncoderCache:
-        return CountingEncoderCache(**context)
-
-    def forward(
-        self, input: Tensor, autoregressive_index: int = 0, cache: CountingEncoderCache | None = None
-    ) -> Tensor:
-        assert cache is not None and cache.calls == autoregressive_index
-        cache.calls += 1
-        cache.seen.append(autoregressive_index)
-        if self.breaks:
-            raise Breaks("encoder")
-        return input + 0.1 * cache.calls
-
-
-@dataclass(frozen=True, kw_only=True)
-class CountingEncoderConfig(EncoderConfig):
-    _target: type = field(default_factory=lambda: CountingEncoder)
-
-
-@dataclass
-class SumDecoderCache(StreamingDecoderCache):
-    total: Tensor | float = 0.0
-
-
-class SumDecoder(StreamingDecoder[SumDecoderCache]):
-    """Adds up the latents of all chunks so far, so a chunk decoded twice shows in the output."""
-
-    breaks = False
-
-    def initialize_autoregressive_cache(self, **context: Any) -> SumDecoderCache:
-        return SumDecoderCache(**context)
-
-    def forward(self, *, input: Tensor, autoregressive_index: int, cache: SumDecoderCache) -> Tensor:  # type: ignore[override]
-        cache.total = cache.total + input
-        if self.breaks:
-            raise Breaks("decoder")
-        return cache.total
-
-
-@dataclass(frozen=True, kw_only=True)
-class SumDecoderConfig(DecoderConfig):
-    _target: type = field(default_factory=lambda: SumDecoder)
-
-
-def toy_config(
-    encoder: EncoderConfig | None = None,
-    decoder: DecoderConfig | None = None,
-    profile: bool = False,
-    scheduler: SchedulerConfig | None = None,
-    **model: Any,
-) -> StreamInferencePipelineConfig:
-    return StreamInferencePipelineConfig(
-        name="toy",
-        diffusion_model=DiffusionModelConfig(
-            transformer=ToyTransformerConfig(), scheduler=scheduler or FlowMapEulerSchedulerConfig(), **model
-        ),
-        encoder=encoder,
-        decoder=decoder,
-        enable_sync_and_profile=profile,
-    )
-
-
-def toy_pipeline(**kwargs: Any) -> StreamInferencePipeline:
-    return toy_config(**kwargs).setup()
-
-
-def control(index: int) -> Tensor:
-    """The encoder's input for a chunk."""
-    shape = (1, FRAMES, CHANNELS, SIDE, SIDE)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + index))
-
-
-def rollout(pipeline: StreamInferencePipeline, chunks: int, seed: int | None = 0) -> list[Tensor]:
-    """All chunks of an undisturbed rollout."""
-    cache = pipeline.initialize_cache(seed=seed)
-    outputs = []
-    for i in range(chunks):
-        outputs.append(pipeline.generate(i, cache, None if pipeline.encoder is None else control(i)))
-        pipeline.finalize(i, cache)
-    return outputs
+from .streaming_toys import (
+    CHANNELS,
+    FRAMES,
+    SIDE,
+    Breaks,
+    CountingEncoderConfig,
+    SumDecoderConfig,
+    control,
+    rollout,
+    toy_pipeline,
+)
 
 
 def test_output_without_a_decoder_is_the_unpatchified_latent():
@@ -350,97 +185,6 @@ def test_interleaved_rollouts_do_not_disturb_each_other():
         for cache, outputs in zip(caches, expected, strict=True):
             torch.testing.assert_close(pipeline.generate(i, cache), outputs[i], rtol=0, atol=0)
             pipeline.finalize(i, cache)
-
-
-def test_profiling_gives_the_specified_keys_and_one_log_line_per_chunk(caplog):
-    pipeline = toy_pipeline(encoder=CountingEncoderConfig(), decoder=SumDecoderConfig(), profile=True)
-    cache = pipeline.initialize_cache()
-    with caplog.at_level(logging.INFO, logger="anyflow_runtime.streaming.pipeline"):
-        for i in range(2):
-            pipeline.generate(i, cache, control(i))
-            stats = pipeline.finalize(i, cache)
-            assert set(stats) == STAGE_KEYS
-            parts = [stats[f"{name}_ms"] for name in ("encode", "diffuse", "decode", "finalize")]
-            assert min(parts) > 0 and stats["total_ms"] == pytest.approx(sum(parts))
-            assert stats["total_ms_wo_finalize"] == pytest.approx(sum(parts[:3]))
-    assert [record.message.split(":")[0] for record in caplog.records] == ["toy chunk 0", "toy chunk 1"]
-
-
-def test_profile_has_all_stages_without_encoder_and_decoder():
-    pipeline = toy_pipeline(profile=True)
-    cache = pipeline.initialize_cache()
-    pipeline.generate(0, cache)
-    assert set(pipeline.finalize(0, cache)) == STAGE_KEYS
-
-
-@pytest.mark.gpu
-def test_profile_on_cuda_has_the_memory_keys():
-    pipeline = toy_pipeline(profile=True).cuda()
-    cache = pipeline.initialize_cache()
-    cache.transformer_cache.kv = RollingKVCache(1, 1, 12, sink=8, window=16, chunk=8, device="cuda")
-    pipeline.generate(0, cache)
-    stats = pipeline.finalize(0, cache)
-    assert set(stats) == STAGE_KEYS | {"mem_alloc_gib", "mem_reserved_gib", "mem_peak_gib"}
-    assert stats["diffuse_ms"] > 0 and stats["finalize_ms"] > 0
-
-
-def test_finalize_returns_none_without_profiling():
-    pipeline = toy_pipeline()
-    cache = pipeline.initialize_cache()
-    pipeline.generate(0, cache)
-    assert pipeline.finalize(0, cache) is None and cache.event_profiler is None
-
-
-def test_pipeline_config_prints_and_derives():
-    config = toy_config(decoder=SumDecoderConfig())
-    text = str(config)
-    assert text.startswith("StreamInferencePipelineConfig:") and "\n        scheduler: FlowMapEuler" in text
-    fast = derive_config(config, diffusion_model={"scheduler": {"num_inference_steps": 1}})
-    assert fast.setup().diffusion_model.scheduler.config.num_inference_steps == 1
-    assert hash(config) != hash(fast) and config.diffusion_model.scheduler.num_inference_steps == 4
-
-
-def test_abstract_transformer_cannot_be_built():
-    with pytest.raises(TypeError, match="abstract"):
-        TransformerConfig().setup()
-
-
-def test_transformer_without_cache_of_its_own_gets_an_empty_one():
-    transformer = ToyTransformer(ToyTransformerConfig())
-    cache = Transformer.initialize_autoregressive_cache(transformer)
-    assert type(cache) is TransformerAutoregressiveCache and cache.start(0) is None and cache.finalize(0) is None
-    with pytest.raises(TypeError, match="takes no context, got prompt"):
-        Transformer.initialize_autoregressive_cache(transformer, prompt="x")
-
-
-def test_check_finite_names_the_weight():
-    pipeline = toy_pipeline(check_finite=True)
-    with torch.no_grad():
-        pipeline.diffusion_model.transformer.weight[1, 2, 3] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"weight transformer.weight: 1 NaN .* at \(1, 2, 3\)"):
-        pipeline.initialize_cache()
-
-
-def test_check_finite_names_the_latent_and_the_chunk_can_be_retried():
-    pipeline = toy_pipeline(check_finite=True)
-    cache = pipeline.initialize_cache(seed=0)
-    transformer = pipeline.diffusion_model.transformer
-    before = transformer.weight.detach().clone()
-    with torch.no_grad():
-        transformer.weight.fill_(float("inf"))
-    with pytest.raises(NonFiniteError, match="flow of chunk 0, network call 0"):
-        pipeline.generate(0, cache)
-    with torch.no_grad():
-        transformer.weight.copy_(before)
-    assert torch.isfinite(pipeline.generate(0, cache)).all()
-
-
-def test_non_finite_values_pass_when_nobody_asked():
-    pipeline = toy_pipeline()
-    with torch.no_grad():
-        pipeline.diffusion_model.transformer.weight[0, 0, 0] = float("nan")
-    cache = pipeline.initialize_cache()
-    assert torch.isnan(pipeline.generate(0, cache)).any()
 
 
 class Lifecycle(RuleBasedStateMachine):
