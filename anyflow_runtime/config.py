@@ -8,7 +8,7 @@ A config is a keyword-only frozen dataclass.  `InstantiateConfig._target` names 
         _target: type[Blur] = field(default_factory=lambda: Blur)  # a factory, so Blur may be defined later
         radius: int = 3
 
-Source: the Config section of the streaming documents (frozen, hashable, printable, trivially serialisable).
+Their plain form is that of `plain_data`.
 """
 
 from __future__ import annotations
@@ -16,34 +16,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NoReturn, TypeVar
 
-import torch
+from .plain_data import from_plain, register, to_plain
 
 T = TypeVar("T")
 
-_CONFIG_CLASSES: dict[str, type[PrintableConfig]] = {}
 
+class FrozenDict(dict[str, Any]):
+    """Settings that refuse changes, by key or as attributes; hashes by content.
 
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
+    The config of a model and of a scheduler, and what dict-valued config fields are stored as.
+    """
 
-
-class FrozenDict(dict):
-    """A dict that hashes by content and refuses changes; what dict-valued config fields are stored as."""
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"config has no entry {name!r} (known: {', '.join(map(str, self))})") from None
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("this dict belongs to a frozen config; use derive_config to make a changed copy")
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "a config cannot change; make a changed copy: derive_config, or from_config(config, name=value)"
+        )
 
-    __setitem__ = __delitem__ = __ior__ = _refuse
+    __setattr__ = __setitem__ = __delattr__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenDict:
@@ -65,7 +68,7 @@ class PrintableConfig:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _CONFIG_CLASSES[_class_path(cls)] = cls
+        register(cls)
         validate = cls.__dict__.get("__post_init__")
         if validate is None:
             return
@@ -95,18 +98,18 @@ class PrintableConfig:
         Raises:
             TypeError: if a field holds a value with no plain form; the field is named.
         """
-        return _encode(self, type(self).__name__)
+        return to_plain(self, type(self).__name__)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Any:
         """Rebuild the config that `to_dict` wrote; only classes already imported are used, nothing is imported.
 
         Raises:
-            ValueError: if the data names a class that is unknown here, or that is no `cls`.
+            ValueError, TypeError: see `from_plain`; also if the data names a class that is no `cls`.
         """
-        config = _decode(data)
+        config = from_plain(Any, data, "data")
         if not isinstance(config, cls):
-            raise ValueError(f"data: expected the plain form of a {cls.__name__}, got {type(config).__name__}")
+            raise ValueError(f"data: got plain form of {type(config).__name__}, expected that of {cls.__name__}")
         return config
 
 
@@ -215,8 +218,6 @@ def _freeze_fields(config: Any) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, FrozenDict):
-        return value
     if isinstance(value, dict):
         return FrozenDict((key, _frozen(item)) for key, item in value.items())
     if isinstance(value, list):
@@ -226,55 +227,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, set):
         return frozenset(value)
     return value
-
-
-def _encode(value: Any, path: str) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, PrintableConfig):
-        fields = [field.name for field in dataclasses.fields(value) if field.init]  # type: ignore[arg-type]
-        encoded = {name: _encode(getattr(value, name), f"{path}.{name}") for name in fields}
-        return {"$config": _class_path(type(value)), **encoded}
-    if isinstance(value, type):
-        return {"$class": _class_path(value)}
-    if isinstance(value, torch.dtype):
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if isinstance(value, Path):
-        return {"$path": str(value)}
-    if isinstance(value, tuple):
-        return [_encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: _encode(item, f"{path}.{key}") for key, item in value.items()}
-    raise TypeError(f"{path}: {type(value).__name__} has no plain form")
-
-
-def _decode(data: Any) -> Any:
-    if isinstance(data, list):
-        return tuple(_decode(item) for item in data)
-    if not isinstance(data, Mapping):
-        return data
-    if "$config" in data:
-        cls = _CONFIG_CLASSES.get(data["$config"])
-        if cls is None:
-            raise ValueError(f"data: unknown config class {data['$config']!r}; import the module that defines it first")
-        return cls(**{key: _decode(value) for key, value in data.items() if key != "$config"})
-    if "$class" in data:
-        return _imported_class(data["$class"])
-    if "$dtype" in data:
-        dtype = getattr(torch, data["$dtype"], None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"data: {data['$dtype']!r} is no torch dtype")
-        return dtype
-    if "$path" in data:
-        return Path(data["$path"])
-    return {key: _decode(value) for key, value in data.items()}
-
-
-def _imported_class(path: str) -> type:
-    module, _, qualname = path.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise ValueError(f"data: class {path!r} is not imported here; import the module that defines it first")
-    return found

@@ -1,10 +1,13 @@
-"""Config system: frozen and hashable as documented, derived by rebuilding, printed as specified."""
+"""Config system: frozen and hashable, derived by rebuilding, printed as a tree, read and written as plain data."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
+import sys
+import types
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow_runtime.streaming import InstantiateConfig, PrintableConfig, derive_config
+from anyflow_runtime import wan_vae
+from anyflow_runtime.schedulers import FlowMapEulerDiscreteScheduler
+from anyflow_runtime.streaming import FrozenDict, InstantiateConfig, PrintableConfig, derive_config
 
 
 class Engine(ABC):
@@ -211,6 +216,62 @@ def test_plain_form_rebuilds_an_equal_config():
     config = CarConfig(engine=PetrolConfig(gears=[1, 2], options={"a": [1.5, None]}), dtype=torch.bfloat16)
     data = config.to_dict()
     assert CarConfig.from_dict(data) == config and type(data["engine"]["gears"]) is list
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"colour": 1}, ValueError, r"data: got unknown keys \['data.colour'\], expected some of \['name', 'engine'"),
+        ({"engine": {"$config": f"{__name__}:PetrolConfig", "gear": 1}}, ValueError, r"\['data.engine.gear'\]"),
+        ({"engine": {"cylinders": 3}}, ValueError, r"data.engine: got unknown keys \['data.engine.cylinders'\]"),
+        ({"name": 3}, TypeError, "data.name: got 3, expected str"),
+        ({"dtype": {"$dtype": "save"}}, ValueError, "data.dtype: got 'save', expected the name of a torch dtype"),
+    ],
+)
+def test_plain_form_with_a_mistake_names_its_dotted_path(change, error, message):
+    with pytest.raises(error, match=message):
+        CarConfig.from_dict({**CarConfig().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("decoders.wan_vae", wan_vae.WanVAEStreamDecoderConfig(path="here")),
+        ("encoders.wan_vae", wan_vae.WanVAEEncoderConfig(path="here", dtype=torch.float16)),
+    ],
+)
+def test_files_that_name_a_class_by_an_old_module_are_still_read(old, new):
+    """Its `$config`, and the `$class` of its target; both have moved since."""
+    text = json.dumps(new.to_dict()).replace(f"{type(new).__module__}:", f"anyflow_runtime.{old}:")
+    assert text.count(f"anyflow_runtime.{old}:") == 2 and type(new).from_dict(json.loads(text)) == new
+
+
+def test_a_moved_class_must_be_the_only_one_of_its_name_in_its_package(monkeypatch):
+    package = __name__.partition(".")[0]
+    data = {**PetrolConfig().to_dict(), "_target": {"$class": f"{package}.garage:Petrol"}}
+
+    def module_with_another_petrol(name: str) -> None:
+        module: Any = types.ModuleType(name)
+        module.Petrol = type("Petrol", (), {"__module__": name})
+        monkeypatch.setitem(sys.modules, name, module)
+
+    module_with_another_petrol("elsewhere")
+    assert PrintableConfig.from_dict(data) == PetrolConfig()
+    module_with_another_petrol(f"{package}.shed")
+    with pytest.raises(ValueError, match=r"data._target: got class '.*garage:Petrol'"):
+        PrintableConfig.from_dict(data)
+
+
+def test_configs_of_models_and_schedulers_are_the_same_read_only_dict():
+    config = FlowMapEulerDiscreteScheduler(shift=2.0).config
+    assert type(config) is FrozenDict and config.shift == config["shift"] == 2.0
+    for change in (setattr, lambda *item: config.update([item[1:]]), lambda *item: delattr(config, item[1])):
+        with pytest.raises(TypeError, match="a config cannot change"):
+            change(config, "shift", 1.0)
+    with pytest.raises(AttributeError, match=r"no entry 'shfit' \(known: .*shift"):
+        config.shfit  # noqa: B018
+    for duplicate in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert type(duplicate) is FrozenDict and duplicate == config
 
 
 def test_plain_form_names_what_cannot_be_written():

@@ -8,24 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import FrozenDict
 
-class ModelConfig(dict[str, Any]):
-    """The constructor keywords of a model, as attributes and as items; read-only."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"config has no entry {name!r}") from None
-
-    def _read_only(self, *_: Any, **__: Any) -> None:
-        raise TypeError("a model's config cannot change after construction")
-
-    __setattr__ = __setitem__ = __delitem__ = __delattr__ = _read_only
-    pop = popitem = clear = update = setdefault = _read_only  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ModelConfig, (dict(self),)
+ModelConfig = FrozenDict  # the constructor keywords of a model
 
 
 def constructor_arguments(local_names: Mapping[str, Any], excluded: tuple[str, ...]) -> dict[str, Any]:

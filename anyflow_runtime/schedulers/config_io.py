@@ -11,28 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..config import FrozenDict
+
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-
-
-class ConfigDict(dict):
-    """Read-only settings, by key or as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"config has no setting {name!r} (known: {', '.join(map(str, self))})") from None
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("the config of a scheduler cannot be changed; use from_config(config, name=value)")
-
-    __setattr__ = __setitem__ = __delattr__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[type[ConfigDict], tuple[dict]]:
-        return ConfigDict, (dict(self),)
 
 
 class SchedulerConfigMixin:
@@ -42,10 +25,10 @@ class SchedulerConfigMixin:
 
     def register_to_config(self, **settings: Any) -> None:
         """Add or replace settings in `config`."""
-        self._internal_dict = ConfigDict({**getattr(self, "_internal_dict", {}), **settings})
+        self._internal_dict = FrozenDict({**getattr(self, "_internal_dict", {}), **settings})
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> FrozenDict:
         """The constructor arguments, and whatever else the config this was built from held."""
         return self._internal_dict
 
