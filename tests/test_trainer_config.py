@@ -32,6 +32,16 @@ def test_every_recipe_is_a_config(name) -> None:
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
+def test_settings_of_the_objectives_keep_their_keys() -> None:
+    """Those of pretraining stand at the top; what a phase decides itself has no key."""
+    config = tiny(flow_map={"shift": 3.0}, diffusion_ratio=0.25, on_policy={"student_every": 2})
+    assert (config.pretrain.flow_map.shift, config.pretrain.diffusion_ratio) == (3.0, 0.25)
+    plain = config_to_dict(config)
+    assert plain["flow_map"]["shift"] == 3.0 and plain["far"]["chunk_partition"] == [1, 1, 1]
+    assert plain["on_policy"].keys() == {"score", "step_choices", "batch_size", "cotrain", "gan", "student_every"}
+    assert plain.keys().isdisjoint({"pretrain", "objective", "input_dtype"})
+
+
 @pytest.mark.parametrize("kind", ["far", "bidirectional"])
 @pytest.mark.parametrize(("size", "iterations", "batch"), [("1.3b", 6000, 32), ("14b", 4000, 16)])
 def test_released_hyper_parameters(kind, size, iterations, batch) -> None:
@@ -54,6 +64,9 @@ def test_released_hyper_parameters(kind, size, iterations, batch) -> None:
         ({"batch_size": "4"}, r"batch_size: got '4', expected int"),
         ({"batch_size": True}, r"batch_size: got True, expected int"),
         ({"optimiser": {"betas": [0.9]}}, r"optimiser.betas: got 1 values, expected 2"),
+        ({"pretrain": {}}, r"unknown keys \['pretrain'\]"),
+        ({"input_dtype": None}, r"unknown keys \['input_dtype'\]"),
+        ({"on_policy": {"shift": 1.0}}, r"unknown keys \['on_policy.shift'\]"),
         ({"precision": "fp8"}, r"precision: got 'fp8'"),
         ({"far": None}, r"far: got None"),
         ({"phases": []}, r"phases: got none"),

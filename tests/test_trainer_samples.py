@@ -30,7 +30,9 @@ def run(kind: str, directory: Path, **changes):
     if kind == "far":
         return config
     plain = {key: value for key, value in config.model.config.items() if key not in FAR_ONLY}
-    return replace(config, far=None, model=replace(config.model, kind=kind, config=plain))
+    return replace(
+        config, pretrain=replace(config.pretrain, far=None), model=replace(config.model, kind=kind, config=plain)
+    )
 
 
 @pytest.mark.parametrize("objective", ["flow_map", "flow_matching"])

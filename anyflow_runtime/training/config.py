@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .objectives.dmd import ScoreConfig
-from .objectives.flow_map_loss import FlowMapConfig
-from .objectives.on_policy import GanConfig
-from .objectives.pretraining import FarConfig
-from .objectives.rollout import STEP_CHOICES
+from ..plain_data import from_plain, to_plain
+from .objectives.on_policy import OnPolicyConfig
+from .objectives.pretraining import FarConfig, PretrainConfig
 
 OBJECTIVES = ("flow_matching", "flow_map", "on_policy")
 MODEL_KINDS = ("far", "bidirectional", "demo")
 DATA_KINDS = ("safetensors", "tar", "video", "shapes")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("auto", "fsdp", "none")
-T = typing.TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -142,25 +136,15 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class OnPolicySettings:
-    """See `OnPolicyConfig` and `UpdateCadence`; with `gan`, discriminator heads learn in the fake score's step."""
-
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    step_choices: tuple[int, ...] = STEP_CHOICES
-    batch_size: int | None = None
-    cotrain: bool = True
-    student_every: int = 1
-    gan: GanConfig | None = None
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
     Attributes:
         batch_size: samples of one forward on one process.
         global_batch: samples of one optimiser step; made up by accumulating micro-steps. None: no accumulation.
-        far: needed exactly for a FAR student.
+        pretrain: its settings stand at the top of the JSON form, such as `flow_map.shift`; `far` is needed exactly for
+            a FAR student. What it omits follows from phase and precision.
+        on_policy: its rollouts take shift and chunks from `pretrain`.
         precision: of weights and activations in the forward; gradients are summed and weights updated in fp32.
         sharding: of several processes: "fsdp" (FSDP2), "none": whole copies, averaged gradients; "auto": FSDP on CUDA.
         log_every, checkpoint_every: in steps; a checkpoint is also written at the end of every phase.
@@ -179,13 +163,12 @@ class TrainConfig:
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
     lora: LoraSettings | None = None
-    far: FarConfig | None = None
-    flow_map: FlowMapConfig = field(default_factory=FlowMapConfig)
-    diffusion_ratio: float = 0.5
-    consistency_ratio: float = 0.25
-    stochastic_buckets: bool = False
-    first_frame_probability: float = 0.0
-    on_policy: OnPolicySettings = field(default_factory=OnPolicySettings)
+    pretrain: PretrainConfig = field(
+        default_factory=PretrainConfig, metadata={"inline": True, "omit": ("objective", "input_dtype")}
+    )
+    on_policy: OnPolicyConfig = field(
+        default_factory=OnPolicyConfig, metadata={"omit": ("shift", "chunk_partition", "input_dtype")}
+    )
     batch_size: int = 1
     global_batch: int | None = None
     precision: str = "bf16"
@@ -217,6 +200,11 @@ class TrainConfig:
             )
         if self.lora is not None and len(self.phases) > 1:
             raise ValueError(f"lora: got it with {len(self.phases)} phases, expected one: what is adapted differs")
+
+    @property
+    def far(self) -> FarConfig | None:
+        """Settings of the causal variant; None for a bidirectional student."""
+        return self.pretrain.far
 
     @property
     def on_policy_stage(self) -> bool:
@@ -252,15 +240,14 @@ def config_from_dict(data: Mapping[str, Any]) -> TrainConfig:
     """A config from JSON data.
 
     Raises:
-        ValueError: naming unknown or missing keys with their dotted path, or a value that is not allowed.
-        TypeError: naming a key whose value has the wrong type.
+        ValueError, TypeError: see `from_plain`; also for a value that is not allowed.
     """
-    return _build(TrainConfig, data, "")
+    return from_plain(TrainConfig, data)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """JSON data from which `config_from_dict` makes an equal config."""
-    return dataclasses.asdict(config)
+    return to_plain(config)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,51 +257,6 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         old = result.get(key)
         result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return result
-
-
-def _build(cls: type[T], data: Any, path: str) -> T:
-    if not isinstance(data, Mapping):
-        raise TypeError(f"{path or 'config'}: got {data!r}, expected an object with keys of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = [f"{path}{key}" for key in data if key not in known]
-    if unknown:
-        raise ValueError(f"config: unknown keys {unknown}, expected some of {list(known)} in {path or 'config'}")
-    missing = [
-        f"{path}{name}"
-        for name, f in known.items()
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"config: lacks {missing}")
-    return cls(**{key: _value(hints[key], value, f"{path}{key}") for key, value in data.items()})
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (hint,) = (a for a in arguments if a is not type(None))
-        return _value(hint, value, path)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{path}.")  # type: ignore[arg-type]
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{path}: got {value!r}, expected a list")
-        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(items) != len(value):
-            raise ValueError(f"{path}: got {len(value)} values, expected {len(items)}")
-        return tuple(_value(item, v, f"{path}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise TypeError(f"{path}: got {value!r}, expected an object")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError(f"{path}: got {value!r}, expected {hint.__name__}")
-    return value
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -39,8 +39,9 @@ class OnPolicyConfig:
         batch_size: samples of a batch used for generation; None: all.
         cotrain: also yield the pretraining losses on real data in the student's step.
         chunk_partition: for a FAR student.
-        gan: None: no adversarial term.
+        gan: heads that learn in the fake score's step; None: no adversarial term.
         input_dtype: as in `PretrainConfig`.
+        student_every: the ratio of the caller's `UpdateCadence`.
     """
 
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -51,6 +52,7 @@ class OnPolicyConfig:
     chunk_partition: tuple[int, ...] | None = None
     gan: GanConfig | None = None
     input_dtype: torch.dtype | None = None
+    student_every: int = 1
 
 
 class OnPolicy:

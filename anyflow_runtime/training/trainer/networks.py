@@ -124,7 +124,7 @@ class Networks:
         model.save_pretrained(directory / "transformer")
         if self.text_encoder is not None:
             size = (self.config.data.height, self.config.data.width)
-            save_pixel_parts(self.text_encoder, directory, size, self.config.flow_map.shift)
+            save_pixel_parts(self.text_encoder, directory, size, self.config.pretrain.flow_map.shift)
 
 
 def load_network(

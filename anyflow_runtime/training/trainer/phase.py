@@ -14,8 +14,8 @@ from .. import distributed
 from ..config import TrainConfig
 from ..data.source import Samples, Source
 from ..objectives.dmd import UpdateCadence
-from ..objectives.on_policy import OnPolicy, OnPolicyConfig
-from ..objectives.pretraining import PretrainConfig, Pretraining, Terms, TrainingBatch
+from ..objectives.on_policy import OnPolicy
+from ..objectives.pretraining import Pretraining, Terms, TrainingBatch
 from ..objectives.rebalance import DiffusionMean
 from ..objectives.timesteps import GlobalBatch
 from ..progress import is_loss
@@ -56,36 +56,25 @@ class TrainingPhase:
             if networks.heads is not None:
                 fake["heads"] = networks.heads
             self.trained["fake"] = TrainedNetwork(fake, config.optimiser, self.phase, None, save_frozen=save_frozen)
-        self.pretraining = Pretraining(
-            networks.student, _pretrain_config(config, self.phase.objective, sharded), self.shared, self.generator
+        loss = config.pretrain.flow_map
+        pretrain = replace(
+            config.pretrain,
+            objective="flow_matching" if self.phase.objective == "flow_matching" else "flow_map",
+            flow_map=replace(loss, equal_forwards=loss.equal_forwards or sharded),
+            input_dtype=input_dtype(config),
         )
-        self.on_policy = self._on_policy(networks)
+        self.pretraining = Pretraining(networks.student, pretrain, self.shared, self.generator)
         self.cadence = UpdateCadence(config.on_policy.student_every)
-
-    def _on_policy(self, networks: Networks) -> OnPolicy | None:
-        if networks.real is None or networks.fake is None:
-            return None
-        settings, far = self.config.on_policy, self.config.far
-        config = OnPolicyConfig(
-            score=settings.score,
-            step_choices=settings.step_choices,
-            shift=self.config.flow_map.shift,
-            batch_size=settings.batch_size,
-            cotrain=settings.cotrain,
-            chunk_partition=None if far is None else far.chunk_partition,
-            gan=settings.gan,
-            input_dtype=input_dtype(self.config),
-        )
-        return OnPolicy(
-            networks.student,
-            networks.real,
-            networks.fake,
-            config,
-            self.pretraining,
-            networks.heads,
-            shared=self.shared,
-            generator=self.generator,
-        )
+        self.on_policy: OnPolicy | None = None
+        if networks.real is not None and networks.fake is not None:
+            on_policy = replace(
+                config.on_policy,
+                shift=loss.shift,
+                chunk_partition=None if config.far is None else config.far.chunk_partition,
+                input_dtype=pretrain.input_dtype,
+            )
+            scores = networks.real, networks.fake, on_policy, self.pretraining, networks.heads
+            self.on_policy = OnPolicy(networks.student, *scores, shared=self.shared, generator=self.generator)
 
     def step(self, step: int, local: int) -> dict[str, float]:
         """Optimiser step `step` of the run, `local` of the phase; returns what is to be logged. A collective.
@@ -155,19 +144,6 @@ def _backward_through(leaves: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for embedded, leaf in leaves:
         if leaf.grad is not None:
             embedded.backward(leaf.grad)
-
-
-def _pretrain_config(config: TrainConfig, objective: str, sharded: bool) -> PretrainConfig:
-    return PretrainConfig(
-        objective="flow_map" if objective == "on_policy" else objective,
-        flow_map=replace(config.flow_map, equal_forwards=config.flow_map.equal_forwards or sharded),
-        diffusion_ratio=config.diffusion_ratio,
-        consistency_ratio=config.consistency_ratio,
-        stochastic_buckets=config.stochastic_buckets,
-        first_frame_probability=config.first_frame_probability,
-        far=config.far,
-        input_dtype=input_dtype(config),
-    )
 
 
 def _means(logged: dict[str, list[float]]) -> dict[str, float]:

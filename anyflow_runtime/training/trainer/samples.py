@@ -138,7 +138,7 @@ def sample(networks: Networks, config: TrainConfig, noise: Tensor, text: Tensor,
     student: Any = networks.student
     device = next(student.parameters()).device
     noise, text = noise.to(device), text.to(device)
-    segments, dtype = list(pairwise(schedule(steps, config.flow_map.shift))), input_dtype(config)
+    segments, dtype = list(pairwise(schedule(steps, config.pretrain.flow_map.shift))), input_dtype(config)
     single_time = objective == "flow_matching"
     if config.far is not None:
         return far_rollout(student, noise, text, config.far.chunk_partition, segments, dtype, single_time)

@@ -130,11 +130,10 @@ class _Run:
         return self.config.phases[self.config.phase_at(step)[0]]
 
     def _claim_directory(self, content: dict[str, Any] | None) -> None:
-        own = json.loads(json.dumps(config_to_dict(self.config)))
+        own = config_to_dict(self.config)
         if content is not None:
             # Keys that the config did not have yet when the run began stand at their defaults.
-            whole = config_to_dict(config_from_dict(json.loads(content["config"])))
-            stored = json.loads(json.dumps(whole))
+            stored = config_to_dict(config_from_dict(json.loads(content["config"])))
             differing = [key for key in own if key not in FREE_TO_CHANGE and own[key] != stored[key]]
             if differing:
                 raise ValueError(f"{self.out}: holds a run with another {differing}; expected the same config to go on")
