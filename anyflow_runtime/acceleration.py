@@ -12,15 +12,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
-from .models.base import AnyFlowModel
+from .models import MODELS, AnyFlowModel
 from .models.blocks import AnyFlowTransformerBlock
 
 Pipeline = TypeVar("Pipeline")
-_OURS: dict[str, type[AnyFlowModel]] = {
-    "AnyFlowTransformer3DModel": AnyFlowTransformer3DModel,
-    "AnyFlowFARTransformer3DModel": AnyFlowFARTransformer3DModel,
-}
 _MERGED: dict[tuple[type, type], type] = {}
 _RUNTIME_STATE = ("ops", "phantom_padding", "cuda_graphs", "idle_workspaces", "parallel", "_rotary")
 
@@ -73,7 +68,7 @@ def restore(pipe: Pipeline) -> Pipeline:
         TypeError: if it is no AnyFlow pipeline or transformer.
     """
     transformer = _transformer_of(pipe)
-    if isinstance(transformer, AnyFlowModel) and type(transformer) not in _OURS.values():
+    if isinstance(transformer, AnyFlowModel) and type(transformer) not in MODELS.values():
         for module in (transformer, *transformer.blocks):
             vars(module).pop("_compiled_call_impl", None)
             _change_class(module, type(module).__bases__[0])
@@ -86,10 +81,10 @@ def _transformer_of(pipe: Any) -> Any:
     transformer = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
     if hasattr(transformer, "_orig_mod"):
         raise TypeError("pipe: the transformer is wrapped by torch.compile; accelerate first, with compile=True")
-    if type(transformer).__name__ not in _OURS:
+    if type(transformer).__name__ not in MODELS:
         raise TypeError(
             f"pipe: got {type(pipe).__name__} with transformer {type(transformer).__name__}, expected a diffusers "
-            f"AnyFlowPipeline, AnyFlowFARPipeline or one of {sorted(_OURS)}"
+            f"AnyFlowPipeline, AnyFlowFARPipeline or one of {sorted(MODELS)}"
         )
     return transformer
 
@@ -102,7 +97,7 @@ def _adopt(transformer: Any) -> None:
             )
     for block in transformer.blocks:
         _change_class(block, _merged(type(block), AnyFlowTransformerBlock))
-    _change_class(transformer, _merged(type(transformer), _OURS[type(transformer).__name__]))
+    _change_class(transformer, _merged(type(transformer), MODELS[type(transformer).__name__]))
 
 
 def _merged(theirs: Any, ours: Any) -> type:

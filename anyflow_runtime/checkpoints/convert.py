@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import whole_file
-from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
+from ..models import MODELS, AnyFlowFARTransformer3DModel
 from .fastgen import from_fastgen, to_fastgen
 from .fastvideo import FROM_FASTVIDEO, from_fastvideo, to_fastvideo
 from .renames import Report, State, rename
@@ -27,7 +27,6 @@ from .research import WEIGHTS, from_research, has_adapters, read_research
 LAYOUTS = ("diffusers", "fastgen", "fastgen_old", "fastvideo", "research")
 CONFIG_ONLY = ("gate_value", "deltatime_type")
 CONFIG_ONLY_FAR = ("chunk_partition", "full_chunk_limit")
-MODELS = {m.__name__: m for m in (AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel)}
 
 
 def detect_layout(state: Mapping[str, Any]) -> str:

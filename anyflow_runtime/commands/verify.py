@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
 
     from anyflow_kernels.operations import OPERATIONS
 
-    known = (*OPERATIONS, "AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel")
+    from ..models import MODELS
+
+    known = (*OPERATIONS, *MODELS)
     unknown = sorted(set(args.only or ()) - set(known))
     if unknown:
         raise UsageError(f"--only: got {', '.join(unknown)}, expected some of {', '.join(known)}")

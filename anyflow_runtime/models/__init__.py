@@ -7,7 +7,12 @@ from .bidirectional import AnyFlowTransformer3DModel
 from .cache import FarCache
 from .far import AnyFlowFARTransformer3DModel, AnyFlowFARTransformerOutput
 
+MODELS: dict[str, type[AnyFlowModel]] = {
+    model.__name__: model for model in (AnyFlowTransformer3DModel, AnyFlowFARTransformer3DModel)
+}
+
 __all__ = [
+    "MODELS",
     "AnyFlowFARTransformer3DModel",
     "AnyFlowFARTransformerOutput",
     "AnyFlowModel",

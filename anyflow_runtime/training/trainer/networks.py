@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ...checkpoints import from_research, read_checkpoint
-from ...checkpoints.convert import MODELS
 from ...encoders.words import WordEncoder
+from ...models import MODELS, AnyFlowFARTransformer3DModel, AnyFlowModel, AnyFlowTransformer3DModel
 from .. import distributed
 from ..config import ModelSettings, TrainConfig
 from ..demo.demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
@@ -23,10 +23,10 @@ from ..objectives.gan import DiscriminatorHeads
 from .lora import add_lora
 from .parallel import shard, whole_tensor
 
-CLASS_OF = {
-    "far": "AnyFlowFARTransformer3DModel",
-    "demo": "AnyFlowFARTransformer3DModel",
-    "bidirectional": "AnyFlowTransformer3DModel",
+CLASS_OF: dict[str, type[AnyFlowModel]] = {
+    "far": AnyFlowFARTransformer3DModel,
+    "demo": AnyFlowFARTransformer3DModel,
+    "bidirectional": AnyFlowTransformer3DModel,
 }
 BASE_CLASS = "WanTransformer3DModel"
 NEW_PARTS = ("condition_embedder.delta_embedder.", "far_patch_embedding.")
@@ -44,7 +44,7 @@ class Networks:
 
     def __init__(self, config: TrainConfig, device: torch.device, sharded: bool) -> None:
         self.config = config
-        self.model_class = MODELS[CLASS_OF[config.model.kind]]
+        self.model_class = CLASS_OF[config.model.kind]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             student, text_encoder = load_network(config.model, config.model.path, DTYPES[config.precision])
@@ -140,7 +140,7 @@ def load_network(
     Raises:
         FileNotFoundError, ValueError: if there is no such directory or its weights do not fit.
     """
-    model_class: Any = MODELS[CLASS_OF[settings.kind]]
+    model_class: Any = CLASS_OF[settings.kind]
     text_encoder: WordEncoder | None = None
     if path is None:
         config = TRANSFORMER | settings.config if settings.kind == "demo" else settings.config
