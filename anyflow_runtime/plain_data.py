@@ -57,9 +57,7 @@ def to_plain(value: Any, path: str = "", omit: Collection[str] = ()) -> Any:
 
 def _plain_fields(config: Any, path: str, omit: Collection[str]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        if not f.init or f.name in omit:
-            continue
+    for f in _fields(config, omit):
         value, left_out = getattr(config, f.name), f.metadata.get("omit", ())
         if f.metadata.get("inline"):
             plain |= _plain_fields(value, path, left_out)
@@ -84,7 +82,7 @@ def from_plain(hint: Any, data: Any, path: str = "", omit: Collection[str] = ())
         arms = [a for a in arguments if a is not type(None)]
         return from_plain(arms[0] if len(arms) == 1 else Any, data, path, omit)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, data, path, omit)  # type: ignore[arg-type]
+        return _build(hint, data, path, omit)
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             raise TypeError(f"{path}: got {data!r}, expected a list")
@@ -105,38 +103,37 @@ def from_plain(hint: Any, data: Any, path: str = "", omit: Collection[str] = ())
     return data
 
 
-def _build(cls: type, data: Any, path: str, omit: Collection[str] = ()) -> Any:
+def _build(cls: Any, data: Any, path: str, omit: Collection[str] = ()) -> Any:
     if not isinstance(data, Mapping):
         raise TypeError(f"{path or 'config'}: got {data!r}, expected an object with keys of {cls.__name__}")
     hints, known = _hints(cls), _keys(cls, omit)
     unknown = [_join(path, key) for key in data if key not in known]
     if unknown:
-        raise ValueError(f"{path or 'config'}: got unknown keys {unknown}, expected some of {list(known)}")
-    required = [k for k, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [_join(path, key) for key in required if key not in data]
+        raise ValueError(f"{path or 'config'}: got unknown keys {unknown}, expected some of {known}")
+    values, missing = {}, []
+    for f in _fields(cls, omit):
+        hint, left_out, key = hints.get(f.name, Any), f.metadata.get("omit", ()), _join(path, f.name)
+        if f.metadata.get("inline"):
+            inner = _keys(hint, left_out)
+            values[f.name] = _build(hint, {k: v for k, v in data.items() if k in inner}, path, left_out)
+        elif f.name in data:
+            values[f.name] = from_plain(hint, data[f.name], key, left_out)
+        elif f.default is f.default_factory is dataclasses.MISSING:
+            missing.append(key)
     if missing:
         raise ValueError(f"{path or 'config'}: lacks {missing}")
-    values: dict[str, Any] = {}
-    inlined: dict[str, tuple[dataclasses.Field, dict[str, Any]]] = {}
-    for key, value in data.items():
-        f = known[key]
-        if f.metadata.get("inline"):
-            inlined.setdefault(f.name, (f, {}))[1][key] = value
-        else:
-            values[key] = from_plain(hints.get(key, Any), value, _join(path, key), f.metadata.get("omit", ()))
-    for name, (f, part) in inlined.items():
-        values[name] = _build(hints[name], part, path, f.metadata.get("omit", ()))
     return cls(**values)
 
 
-def _keys(cls: Any, omit: Collection[str]) -> dict[str, dataclasses.Field]:
-    """The keys of a dataclass's plain form, each with the field of `cls` that it goes to."""
-    keys: dict[str, dataclasses.Field] = {}
-    for f in dataclasses.fields(cls):
-        if f.metadata.get("inline"):
-            keys |= dict.fromkeys(_keys(_hints(cls)[f.name], f.metadata.get("omit", ())), f)
-        elif f.init and f.name not in omit:
-            keys[f.name] = f
+def _fields(cls: Any, omit: Collection[str]) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(cls) if f.init and f.name not in omit]
+
+
+def _keys(cls: Any, omit: Collection[str]) -> list[str]:
+    """The keys of a dataclass's plain form."""
+    keys = []
+    for f in _fields(cls, omit):
+        keys += _keys(_hints(cls)[f.name], f.metadata.get("omit", ())) if f.metadata.get("inline") else [f.name]
     return keys
 
 
@@ -148,22 +145,18 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _tagged(data: Mapping[str, Any], path: str) -> Any:
-    if "$config" in data:
-        cls = _class_at(data["$config"])
-        if cls is None or _path_of(cls) not in _REGISTERED:
-            raise ValueError(f"{path}: got config class {data['$config']!r}, expected one whose module is imported")
-        return _build(cls, {key: value for key, value in data.items() if key != "$config"}, path)
-    if "$class" in data:
-        cls = _class_at(data["$class"])
-        if cls is None:
-            raise ValueError(f"{path}: got class {data['$class']!r}, expected one whose module is imported")
-        return cls
+    if "$path" in data:
+        return Path(data["$path"])
     if "$dtype" in data:
         dtype = getattr(torch, data["$dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{path}: got {data['$dtype']!r}, expected the name of a torch dtype")
         return dtype
-    return Path(data["$path"])
+    kind = "$class" if "$class" in data else "$config"
+    cls = _class_at(data[kind])
+    if cls is None or (kind == "$config" and _path_of(cls) not in _REGISTERED):
+        raise ValueError(f"{path}: got {data[kind]!r}, expected a {kind[1:]} of an imported module")
+    return cls if kind == "$class" else _build(cls, {key: data[key] for key in data if key != kind}, path)
 
 
 def _path_of(cls: type) -> str:

@@ -258,7 +258,7 @@ def test_a_moved_class_must_be_the_only_one_of_its_name_in_its_package(monkeypat
     module_with_another_petrol("elsewhere")
     assert PrintableConfig.from_dict(data) == PetrolConfig()
     module_with_another_petrol(f"{package}.shed")
-    with pytest.raises(ValueError, match=r"data._target: got class '.*garage:Petrol'"):
+    with pytest.raises(ValueError, match=r"data._target: got '.*garage:Petrol'"):
         PrintableConfig.from_dict(data)
 
 
