@@ -105,7 +105,6 @@ def test_the_optimiser_takes_the_rate_of_the_step() -> None:
 
 
 def test_the_package_exports_the_trainer() -> None:
-    """Lazily, so a wrong module name would only show at first use."""
     names = {"DemoModel": DemoModel, "TrainConfig": TrainConfig, "load_recipe": load_recipe, "train": train}
     assert {name: getattr(training, name) for name in names} == names and names.keys() <= set(training.__all__)
 

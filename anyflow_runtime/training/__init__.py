@@ -6,9 +6,8 @@ synthetic videos and the model that learns them.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+from .config import TrainConfig
+from .demo.demo_model import DemoModel
 from .objectives.dmd import ScoreConfig, UpdateCadence, dmd_gradient, dmd_loss, fake_score_loss, generator_score_loss
 from .objectives.far_training import FarClip, FarVelocity, draw_num_chunks
 from .objectives.flow_map_loss import FlowMapConfig, LossResult, flow_map_loss, flow_matching_loss
@@ -30,86 +29,16 @@ from .objectives.timesteps import (
     shift_time,
 )
 from .objectives.velocity import BidirectionalVelocity, Velocity
-
-if TYPE_CHECKING:
-    from .config import TrainConfig
-    from .demo.demo_model import DemoModel
-    from .recipes import load_recipe
-    from .trainer import EMA, add_lora, lora_state_dict, merge_lora, train
-
-# Loaded at first use: whoever takes the pieces into a loop of their own needs no trainer.
-_MODULE_OF = {
-    "DemoModel": "demo.demo_model",
-    "EMA": "trainer",
-    "TrainConfig": "config",
-    "add_lora": "trainer",
-    "load_recipe": "recipes",
-    "lora_state_dict": "trainer",
-    "merge_lora": "trainer",
-    "train": "trainer",
-}
+from .recipes import load_recipe
+from .trainer import EMA, add_lora, lora_state_dict, merge_lora, train
 
 __all__ = [
-    "EMA",
-    "BidirectionalVelocity",
-    "DemoModel",
-    "DiffusionMean",
-    "DiscriminatorHeads",
-    "FarClip",
-    "FarConfig",
-    "FarVelocity",
-    "FlowMapConfig",
-    "GanConfig",
-    "GlobalBatch",
-    "LossResult",
-    "LossWeight",
-    "OnPolicy",
-    "OnPolicyConfig",
-    "PretrainConfig",
-    "Pretraining",
-    "RolloutDraw",
-    "ScoreConfig",
-    "TimePairs",
-    "TrainConfig",
-    "TrainingBatch",
-    "UpdateCadence",
-    "Velocity",
-    "add_lora",
-    "approximate_r1",
-    "assign_buckets",
-    "discriminator_gan_loss",
-    "dmd_gradient",
-    "dmd_loss",
-    "draw_num_chunks",
-    "draw_rollout",
-    "drop_text",
-    "fake_score_loss",
-    "far_rollout",
-    "flow_map_loss",
-    "flow_map_target",
-    "flow_matching_loss",
-    "fused_prediction",
-    "generator_gan_loss",
-    "generator_score_loss",
-    "load_recipe",
-    "lora_state_dict",
-    "merge_lora",
-    "pair_times",
-    "rebalance",
-    "rollout",
-    "sample_time_pairs",
-    "schedule",
-    "shift_time",
-    "total_derivative",
-    "train",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+    "EMA", "BidirectionalVelocity", "DemoModel", "DiffusionMean", "DiscriminatorHeads", "FarClip", "FarConfig",
+    "FarVelocity", "FlowMapConfig", "GanConfig", "GlobalBatch", "LossResult", "LossWeight", "OnPolicy",
+    "OnPolicyConfig", "PretrainConfig", "Pretraining", "RolloutDraw", "ScoreConfig", "TimePairs", "TrainConfig",
+    "TrainingBatch", "UpdateCadence", "Velocity", "add_lora", "approximate_r1", "assign_buckets",
+    "discriminator_gan_loss", "dmd_gradient", "dmd_loss", "draw_num_chunks", "draw_rollout", "drop_text",
+    "fake_score_loss", "far_rollout", "flow_map_loss", "flow_map_target", "flow_matching_loss", "fused_prediction",
+    "generator_gan_loss", "generator_score_loss", "load_recipe", "lora_state_dict", "merge_lora", "pair_times",
+    "rebalance", "rollout", "sample_time_pairs", "schedule", "shift_time", "total_derivative", "train",
+]  # fmt: skip
