@@ -29,7 +29,7 @@ class FlowMapConfig:
         text_dropout: probability of the negative prompt in place of the caption.
         per_sample_guidance: dropped samples use strength 1 (their u_c equals u_n, so nothing is to be divided). False
             is the reference.
-        weighting, shift: of `LossWeight`.
+        weighting, shift: of `LossWeight`, made once, as `loss_weight`.
         rebalanced: scale non-diffusion losses to the mean diffusion loss.
         equal_forwards: never skip a forward that this batch does not need; for ranks that shard one model.
     """
@@ -42,6 +42,10 @@ class FlowMapConfig:
     shift: float = 5.0
     rebalanced: bool = True
     equal_forwards: bool = False
+    loss_weight: LossWeight = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_weight", LossWeight(self.weighting, self.shift))
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,6 @@ def flow_map_loss(
     noise: torch.Tensor | None = None,
     first_frame_given: bool = False,
     running: DiffusionMean | None = None,
-    weight: LossWeight | None = None,
     generator: torch.Generator | None = None,
 ) -> LossResult:
     """Mean flow-map loss of a batch.
@@ -76,7 +79,6 @@ def flow_map_loss(
         noise: like x0; drawn if None.
         first_frame_given: image to video: frame 0 is clean at t = r = 0 and does not enter the loss.
         running: see `DiffusionMean`.
-        weight: a prepared `LossWeight`; made from the config if None.
     """
     _check(x0, text, times)
     if config.text_dropout > 0 and negative is None:
@@ -95,21 +97,12 @@ def flow_map_loss(
     strengths = guidance_strengths(config.guidance, x_t, dropped if config.per_sample_guidance else None)
     always = config.equal_forwards and config.guidance is not None
     prediction = fused_prediction(velocity, x_t, t, r, text, negative, strengths, always)
+    moving = active if first_frame_given else None
     target, correction = flow_map_target(
-        velocity,
-        x_t,
-        v,
-        t,
-        r,
-        text,
-        config.epsilon,
-        strengths,
-        active if first_frame_given else None,
-        config.equal_forwards,
+        velocity, x_t, v, t, r, text, config.epsilon, strengths, moving, config.equal_forwards
     )
     squared = _per_sample_error(prediction, target, active)
-    weight = weight if weight is not None else LossWeight(config.weighting, config.shift)
-    weighted = squared * _mean_over(weight(t), active)
+    weighted = squared * _mean_over(config.loss_weight(t), active)
     losses = rebalance(weighted, times.is_diffusion, running) if config.rebalanced else weighted
     log = {
         "loss": losses.mean().item(),

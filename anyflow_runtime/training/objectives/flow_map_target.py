@@ -67,7 +67,7 @@ def flow_map_target(
 
     Args:
         v: the velocity of the path at x_t; noise - x0 in training.
-        guidance: a number or (B,); divides the derivative (spec: guidance is fused into the conditional branch).
+        guidance: a number or (B,); divides the derivative, as it does the conditional branch (`guidance`).
         probe_all: also probe samples with r = t, whose correction is 0. Needed where sharded ranks must run the same
             number of forwards; otherwise half of the batch needs no probe.
     """

@@ -16,7 +16,6 @@ from .. import distributed
 from .far_training import FarClip, FarVelocity, draw_num_chunks
 from .flow_map_loss import FlowMapConfig, LossResult, flow_map_loss, flow_matching_loss
 from .guidance import drop_text
-from .loss_weights import LossWeight
 from .rebalance import DiffusionMean
 from .timesteps import GlobalBatch, assign_buckets, sample_logit_normal, sample_time_pairs
 from .velocity import BidirectionalVelocity, Velocity, is_far
@@ -101,7 +100,6 @@ class Pretraining:
         if config.far is None and is_far(model):
             raise ValueError("config.far: got None, expected a FarConfig for a FAR model")
         self.model, self.config, self.shared, self.generator = model, config, shared, generator
-        self.weight = LossWeight(config.flow_map.weighting, config.flow_map.shift)
 
     def terms(
         self, batch: TrainingBatch, position: GlobalBatch | None = None, running: DiffusionMean | None = None
@@ -134,23 +132,10 @@ class Pretraining:
             draw = coins[0] if config.stochastic_buckets else None
             labels = assign_buckets(position, config.diffusion_ratio, config.consistency_ratio, draw)
             times = sample_time_pairs(labels, config.flow_map.shift, self.generator, latents.device)
-            yield (
-                "flow_map",
-                flow_map_loss(
-                    velocity,
-                    latents,
-                    batch.text,
-                    times,
-                    config.flow_map,
-                    batch.negative,
-                    first_frame_given=starts_video
-                    and latents.shape[1] > 1
-                    and coins[1] < config.first_frame_probability,
-                    running=running,
-                    weight=self.weight,
-                    generator=self.generator,
-                ),
-            )
+            given = starts_video and latents.shape[1] > 1 and coins[1] < config.first_frame_probability
+            inputs = velocity, latents, batch.text, times, config.flow_map, batch.negative
+            result = flow_map_loss(*inputs, first_frame_given=given, running=running, generator=self.generator)
+            yield "flow_map", result
         if far is not None and coins[2] < far.bidirectional_probability:
             whole = BidirectionalVelocity(self.model, far=True, input_dtype=config.input_dtype)
             guidance = config.flow_map.guidance if config.objective == "flow_map" else None
