@@ -15,8 +15,8 @@ from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DMo
 from anyflow_runtime.training.config import EmaSettings, ModelSettings, OptimiserSettings, Phase
 from anyflow_runtime.training.data.open import ShapesSource
 from anyflow_runtime.training.demo.demo_model import DemoModel, demo_text_encoder
-from anyflow_runtime.training.trainer.network import TrainedNetwork
 from anyflow_runtime.training.trainer.phase import NonFiniteLoss
+from anyflow_runtime.training.trainer.trained_network import TrainedNetwork
 from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import (

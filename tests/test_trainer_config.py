@@ -19,7 +19,7 @@ from anyflow_runtime.training.config import (
 )
 from anyflow_runtime.training.demo.demo_model import DemoModel
 from anyflow_runtime.training.recipes import RECIPES, load_recipe
-from anyflow_runtime.training.trainer.network import TrainedNetwork
+from anyflow_runtime.training.trainer.trained_network import TrainedNetwork
 from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import tiny

@@ -1,4 +1,4 @@
-"""One phase of a run: its stage, its optimisers, and a step made of micro-steps."""
+"""One phase of a run: its objective, its optimisers, and a step made of micro-steps."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..objectives.pretraining import Pretraining, Terms, TrainingBatch
 from ..objectives.rebalance import DiffusionMean
 from ..objectives.timesteps import GlobalBatch
 from ..progress import is_loss
-from .network import TrainedNetwork
 from .networks import Networks, input_dtype
+from .trained_network import TrainedNetwork
 
 TermsOf = Callable[[TrainingBatch, GlobalBatch, DiffusionMean], Terms]
 
