@@ -47,7 +47,7 @@ class PetrolConfig(EngineConfig):
 
     def __post_init__(self) -> None:  # without super(): the base must freeze the fields all the same
         if self.idle_rpm > self.max_rpm:
-            raise ValueError(f"idle_rpm: expected at most max_rpm = {self.max_rpm}, got {self.idle_rpm}")
+            raise ValueError(f"idle_rpm: got {self.idle_rpm}, expected at most max_rpm = {self.max_rpm}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Samples of the student on schedule: latents, decoded videos, and the demo's pictures."""
+"""Samples of the student on schedule: latents, decoded videos, and the demo's GIF."""
 
 from __future__ import annotations
 

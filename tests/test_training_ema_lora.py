@@ -91,7 +91,7 @@ def fill_adapters(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("student", [True, False], ids=["student", "score"])
-def test_adapters_are_on_the_documented_layers_only(student: bool) -> None:
+def test_adapters_are_on_the_published_layers_only(student: bool) -> None:
     pytest.importorskip("peft")
     net = model()
     trainable = add_lora(net, rank=4, alpha=4, student=student)
@@ -139,7 +139,7 @@ def test_gradient_reaches_adapters_and_the_compressed_patch_only() -> None:
     assert with_gradient == {n for n in trainable if ".lora_" in n}  # one chunk: no compressed frames here
 
 
-def test_merge_is_the_documented_formula_and_keeps_the_function() -> None:
+def test_merge_adds_the_scaled_product_and_keeps_the_function() -> None:
     pytest.importorskip("peft")
     net = model().double()
     add_lora(net, rank=4, alpha=8)

@@ -1,4 +1,4 @@
-"""Rollouts, distribution matching, the adversarial term and the stages. Witness: data/training.json in float64."""
+"""Rollouts, distribution matching, the adversarial term and the objectives. Witness: data/training.json in float64."""
 
 from __future__ import annotations
 
@@ -233,26 +233,26 @@ def assert_gradients(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("far", [False, True], ids=["bidirectional", "far"])
 def test_pretraining_step_reports_its_parts(far: bool) -> None:
-    stage = pretraining(far)
-    log = step(stage.terms(make_batch()))
+    objective = pretraining(far)
+    log = step(objective.terms(make_batch()))
     assert {"flow_map/loss", "flow_map/correction_rms", "flow_map/diffusion", "flow_map/flow_map"} <= log.keys()
     assert ("bidirectional/loss" in log) == far
     assert log["flow_map/correction_rms"] > 0
-    assert_gradients(stage.model)
+    assert_gradients(objective.model)
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["bidirectional", "far"])
 def test_pretraining_optimiser_steps_change_the_weights_and_clear(far: bool) -> None:
-    stage = pretraining(far)
-    optimiser = torch.optim.AdamW(stage.model.parameters(), lr=1e-3)
-    before = [p.clone() for p in stage.model.parameters()]
+    objective = pretraining(far)
+    optimiser = torch.optim.AdamW(objective.model.parameters(), lr=1e-3)
+    before = [p.clone() for p in objective.model.parameters()]
     for _ in range(2):
         optimiser.zero_grad()
-        step(stage.terms(make_batch()))
+        step(objective.terms(make_batch()))
         optimiser.step()
     optimiser.zero_grad()
-    assert all(p.grad is None for p in stage.model.parameters())
-    assert any(not torch.equal(p, q) for p, q in zip(stage.model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in objective.model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(objective.model.parameters(), before, strict=True))
 
 
 def test_cotraining_can_be_switched_off() -> None:
@@ -270,16 +270,16 @@ def test_same_generators_give_the_same_losses() -> None:
 
 def test_accumulated_micro_steps_equal_one_batch_in_buckets() -> None:
     """Two micro-steps: the first holds the diffusion samples, the second none."""
-    stage, batch = pretraining(False), make_batch(2)
-    logs = [step(stage.terms(batch, GlobalBatch(2, micro_step=i, micro_steps=2))) for i in range(2)]
+    objective, batch = pretraining(False), make_batch(2)
+    logs = [step(objective.terms(batch, GlobalBatch(2, micro_step=i, micro_steps=2))) for i in range(2)]
     assert "flow_map/flow_map" not in logs[0] and "flow_map/diffusion" not in logs[1]
 
 
 def test_flow_matching_objective_is_plain() -> None:
     """The teacher stage and the baseline of the demo: r = t everywhere, no probes, no guidance."""
-    stage, calls = pretraining(True, objective="flow_matching"), []
-    stage.model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
-    names = [name for name, _ in stage.terms(make_batch())]
+    objective, calls = pretraining(True, objective="flow_matching"), []
+    objective.model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
+    names = [name for name, _ in objective.terms(make_batch())]
     assert names == ["flow_matching", "bidirectional"] and len(calls) == 2
     assert all(torch.equal(call["timestep"], call["r_timestep"]) for call in calls)
 
@@ -294,13 +294,13 @@ def on_policy(far: bool = False, gan: bool = False, cotrain: bool = True, guidan
         gan=GanConfig(blocks=(0, -1), r1_weight=1.0) if gan else None,
     )
     flow_map = FlowMapConfig()
-    stage = PretrainConfig(flow_map=flow_map, far=FarConfig((1, 2, 1), 2, 0.5, 0.0) if far else None)
+    settings = PretrainConfig(flow_map=flow_map, far=FarConfig((1, 2, 1), 2, 0.5, 0.0) if far else None)
     return OnPolicy(
         student,
         make_model(seed=1).requires_grad_(False),
         make_model(seed=2),
         config,
-        Pretraining(student, stage, **generators()) if cotrain else None,
+        Pretraining(student, settings, **generators()) if cotrain else None,
         DiscriminatorHeads(32, 2, hidden=8) if gan else None,
         **generators(),
     )
@@ -308,70 +308,70 @@ def on_policy(far: bool = False, gan: bool = False, cotrain: bool = True, guidan
 
 @pytest.mark.parametrize("far", [False, True], ids=["bidirectional", "far"])
 def test_student_step_reports_its_parts_and_trains_the_student_alone(far: bool) -> None:
-    stage = on_policy(far)
-    log = step(stage.student_terms(make_batch()))
+    objective = on_policy(far)
+    log = step(objective.student_terms(make_batch()))
     assert {f"distribution_matching/{k}" for k in ("vsd", "total", "rollout_steps", "rollout_index")} <= log.keys()
     assert "flow_map/loss" in log
-    assert_gradients(stage.student)
-    assert all(p.grad is None for p in stage.fake.model.parameters())
+    assert_gradients(objective.student)
+    assert all(p.grad is None for p in objective.fake.model.parameters())
 
 
 @pytest.mark.parametrize("gan", [False, True], ids=["plain", "gan"])
 def test_fake_step_trains_the_fake_and_the_heads_alone(gan: bool) -> None:
-    stage = on_policy(gan=gan)
-    log = step(stage.fake_terms(make_batch()))
+    objective = on_policy(gan=gan)
+    log = step(objective.fake_terms(make_batch()))
     assert "fake_score/fake_score" in log
     assert ("discriminator/gan_discriminator" in log) == ("discriminator/r1" in log) == gan
-    assert all(p.grad is None for p in stage.student.parameters())
+    assert all(p.grad is None for p in objective.student.parameters())
     if gan:
-        assert all(p.grad is not None for p in stage.discriminator.parameters())
+        assert all(p.grad is not None for p in objective.discriminator.parameters())
 
 
 def test_adversarial_term_reaches_the_student_and_not_the_heads() -> None:
-    stage = on_policy(gan=True, cotrain=False)
-    log = step(stage.student_terms(make_batch()))
+    objective = on_policy(gan=True, cotrain=False)
+    log = step(objective.student_terms(make_batch()))
     assert log["distribution_matching/gan_generator"] > 0
-    assert all(p.grad is None for p in stage.discriminator.parameters())
+    assert all(p.grad is None for p in objective.discriminator.parameters())
     with torch.no_grad():  # heads that ignore their input give the student no adversarial gradient
-        for head in stage.discriminator.heads:
+        for head in objective.discriminator.heads:
             head[2].weight.zero_()
     x = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
-    generator_gan_loss(stage._logits(x, make_batch(2).text, train_heads=False)).backward()
+    generator_gan_loss(objective._logits(x, make_batch(2).text, train_heads=False)).backward()
     assert x.grad.abs().max() == 0
 
 
 def test_alternating_steps_run() -> None:
-    stage, cadence = on_policy(), UpdateCadence(2)
-    student = torch.optim.AdamW(stage.student.parameters(), lr=1e-3)
-    fake = torch.optim.AdamW(stage.fake.model.parameters(), lr=1e-3)
+    objective, cadence = on_policy(), UpdateCadence(2)
+    student = torch.optim.AdamW(objective.student.parameters(), lr=1e-3)
+    fake = torch.optim.AdamW(objective.fake.model.parameters(), lr=1e-3)
     updated = []
     for iteration in range(3):
-        before = stage.student.proj_out.weight.clone(), stage.fake.model.proj_out.weight.clone()
+        before = objective.student.proj_out.weight.clone(), objective.fake.model.proj_out.weight.clone()
         if cadence.updates_student(iteration):
             student.zero_grad()
-            step(stage.student_terms(make_batch()))
+            step(objective.student_terms(make_batch()))
             student.step()
         fake.zero_grad()
-        step(stage.fake_terms(make_batch()))
+        step(objective.fake_terms(make_batch()))
         fake.step()
-        after = stage.student.proj_out.weight, stage.fake.model.proj_out.weight
+        after = objective.student.proj_out.weight, objective.fake.model.proj_out.weight
         updated.append([not torch.equal(a, b) for a, b in zip(before, after, strict=True)])
     assert updated == [[True, True], [False, True], [True, True]]
 
 
 def test_scores_are_called_with_one_time() -> None:
     """A student-like network as score must not see r: r = t is sent whatever the caller's r."""
-    stage, calls = on_policy(cotrain=False), []
-    stage.real.model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
-    step(stage.student_terms(make_batch()))
+    objective, calls = on_policy(cotrain=False), []
+    objective.real.model.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
+    step(objective.student_terms(make_batch()))
     assert len(calls) == 2  # conditional and unconditional
     assert all(torch.equal(call["timestep"], call["r_timestep"]) for call in calls)
 
 
 def test_without_guidance_the_unconditional_score_is_not_computed() -> None:
-    stage, calls = on_policy(cotrain=False, guidance=None), []
-    stage.real.model.register_forward_pre_hook(lambda *_: calls.append(1))
-    step(stage.student_terms(make_batch()))
+    objective, calls = on_policy(cotrain=False, guidance=None), []
+    objective.real.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    step(objective.student_terms(make_batch()))
     assert len(calls) == 1
 
 

@@ -46,7 +46,7 @@ class SchedulerConfigMixin:
         """
         if not isinstance(config, Mapping):
             raise ValueError(
-                f"config: expected a dict of settings, got {type(config).__name__}; to read files use from_pretrained"
+                f"config: got {type(config).__name__}, expected a dict of settings; to read files use from_pretrained"
             )
         filled_in = {*config.get("_use_default_values", ()), "_use_default_values"}
         settings = {key: value for key, value in config.items() if key not in filled_in}
@@ -85,7 +85,7 @@ class SchedulerConfigMixin:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise OSError(f"{file} is not a valid JSON file: {error}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
+            raise ValueError(f"{file}: got a JSON {type(config).__name__}, expected a JSON object")
         return config
 
     @classmethod
@@ -124,7 +124,7 @@ class SchedulerConfigMixin:
         """
         directory = Path(save_directory)
         if directory.is_file():
-            raise ValueError(f"save_directory: expected a directory, got the file {directory}")
+            raise ValueError(f"save_directory: got the file {directory}, expected a directory")
         directory.mkdir(parents=True, exist_ok=True)
         (directory / self.config_name).write_text(self.to_json_string(), encoding="utf-8")
 
@@ -135,7 +135,7 @@ class SchedulerConfigMixin:
             ValueError: for `push_to_hub=True`.
         """
         if push_to_hub:
-            raise ValueError("push_to_hub: expected False, got True; save first, then upload the directory")
+            raise ValueError("push_to_hub: got True, expected False; save first, then upload the directory")
         self.save_config(save_directory)
 
     def __repr__(self) -> str:

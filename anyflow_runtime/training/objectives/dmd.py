@@ -3,8 +3,7 @@
 The generated clip is noised, both scores estimate the clean clip, and the student is pushed along real - fake,
 normalised per sample. Scores are plain networks of one time (`BidirectionalVelocity(single_time=True)`),
 bidirectional also for FAR.
-Source: DMD2 (arXiv 2405.14867) as used in AnyFlow; a floor under the normaliser replaces the reference's division by
-    zero.
+Source: DMD2 (arXiv 2405.14867) as in NVlabs/AnyFlow, which may divide by zero: the normaliser has a floor here.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ class FlowMapConfig:
         epsilon: half distance of the two probes, thousandths.
         guidance: fused guidance strength; None turns it off.
         text_dropout: probability of the negative prompt in place of the caption.
-        per_sample_guidance: dropped samples use strength 1 (their u_c equals u_n, so nothing is to be divided). False
-            is the reference.
+        per_sample_guidance: dropped samples use strength 1 (their u_c equals u_n, so nothing is to be divided); not so
+            in NVlabs/AnyFlow.
         weighting, shift: of `LossWeight`, made once, as `loss_weight`.
         rebalanced: scale non-diffusion losses to the mean diffusion loss.
         equal_forwards: never skip a forward that this batch does not need; for ranks that shard one model.

@@ -44,8 +44,8 @@ def expand_negative(negative: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def guidance_strengths(guidance: float | None, like: torch.Tensor, dropped: torch.Tensor | None = None) -> torch.Tensor:
     """(B,) strengths in the dtype of `like` (B, ...): `guidance`, and 1 for samples whose prompt was dropped.
 
-    `dropped=None` is the reference: dropped samples, for which u_c = u_n, still have gradient and derivative divided
-    by g.
+    With `dropped=None`, as in NVlabs/AnyFlow, dropped samples, for which u_c = u_n, still have gradient and derivative
+    divided by g.
     """
     value = 1.0 if guidance is None else float(guidance)
     if value <= 0:

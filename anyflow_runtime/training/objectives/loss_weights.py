@@ -21,8 +21,8 @@ class LossWeight:
         weighting: "beta08" | "gaussian" | "uniform".
         shift: of the time grid.
 
-    Calling it looks up the nearest grid point, as the reference does; `continuous` evaluates the same curve at T itself
-    (0.6 % apart at most for T >= 250).
+    Calling it looks up the nearest grid point, as NVlabs/AnyFlow does; `continuous` evaluates the same curve at T
+    itself (0.6 % apart at most for T >= 250).
     """
 
     def __init__(self, weighting: str = "beta08", shift: float = 5.0) -> None:

@@ -56,8 +56,7 @@ class OnPolicyConfig:
 
 
 class OnPolicy:
-    """Stage C: the student's step by distribution matching, the fake score's (and discriminator's) step on its
-    rollouts.
+    """The student's step by distribution matching, and the fake score's (and discriminator's) step on its rollouts.
 
     Args:
         student: bidirectional or FAR.
@@ -81,7 +80,9 @@ class OnPolicy:
         if config.cotrain and pretraining is None:
             raise ValueError("pretraining: got None, expected the student's Pretraining for config.cotrain=True")
         if (config.gan is None) != (discriminator is None):
-            raise ValueError("discriminator: expected heads exactly where config.gan is set")
+            raise ValueError(
+                f"discriminator: got {type(discriminator).__name__}, expected heads exactly where config.gan is set"
+            )
         if is_far(student) != (config.chunk_partition is not None):
             raise ValueError(
                 f"config.chunk_partition: got {config.chunk_partition}, expected one exactly for a FAR student"

@@ -82,7 +82,7 @@ class PretrainConfig:
 
 
 class Pretraining:
-    """Stages A and B: flow matching or flow-map training of one network, bidirectional or FAR.
+    """Flow matching or flow-map training of one network, bidirectional or FAR.
 
     Args:
         model: the student.

@@ -68,8 +68,7 @@ def far_rollout(
     input_dtype: torch.dtype | None = None,
     single_time: bool = False,
 ) -> torch.Tensor:
-    """Generated latents chunk by chunk, the same segments for each, every chunk seeing the finished ones through the
-    cache.
+    """Generated latents chunk by chunk, by the same segments; every chunk sees the finished ones through the cache.
 
     Finished chunks are encoded at t = r = 0 without gradient: none crosses chunks, coupling comes from scoring the
     whole clip. The cache is immutable: every encoding fills new tensors, so that a backward pass, or the

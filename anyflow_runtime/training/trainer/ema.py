@@ -20,8 +20,7 @@ class EMA:
         decay: in [0, 1).
         warmup: optimiser steps during which the average is a copy.
 
-    Shadows live where the parameters live (sharded ones stay sharded) and are float32, or float64 for float64
-    parameters.
+    Shadows live where the parameters live (sharded ones stay sharded), in float32, or float64 where those are.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999, warmup: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a training run: its loss curves, and samples of the student."""
+"""What a training run shows: samples of the student, and its loss curves."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_samples(config: TrainConfig, source: Source, directory: Path) -> Sample
     """What `config.sample_every` asks for; None for nothing.
 
     Raises:
-        ImportError: if a package for pictures or videos is not installed.
+        ImportError: if a package for images or videos is not installed.
         FileNotFoundError, ValueError: if the VAE is missing or not that of the latents.
     """
     if config.sample_every is None:
