@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +32,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip_gpu)
         if "slow" in item.keywords and not config.getoption("--run-slow"):
             item.add_marker(skip_slow)
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an uninterrupted training run, `trainer_runs.tiny()`."""
+    from anyflow_runtime.training import train
+
+    from .trainer_runs import tiny
+
+    return train(tiny(), tmp_path_factory.mktemp("whole_run"), io.StringIO()).parent

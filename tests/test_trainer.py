@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,17 +31,9 @@ from .trainer_runs import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole")
-    train(tiny(), out, io.StringIO())
-    return out
-
-
-def test_the_text_encoder_learns_in_the_first_phase_only(whole) -> None:
+def test_the_text_encoder_learns_in_the_first_phase_only(whole_run) -> None:
     first, last = (
-        load_file(whole / name / "text_encoder/model.safetensors") for name in ("phase-0-flow_matching", "model")
+        load_file(whole_run / name / "text_encoder/model.safetensors") for name in ("phase-0-flow_matching", "model")
     )
     torch.manual_seed(5)
     AnyFlowFARTransformer3DModel(**TINY)
@@ -64,9 +55,9 @@ def test_the_text_encoder_gets_the_gradient_of_every_loss(tmp_path) -> None:
     assert not torch.allclose(gradients[0], gradients[1], rtol=1e-3)
 
 
-def test_the_exported_model_is_the_average_and_generates(whole) -> None:
-    state = checkpoint(whole, 8)["networks"]["student"]
-    model = DemoModel.load(whole / "model")
+def test_the_exported_model_is_the_average_and_generates(whole_run) -> None:
+    state = checkpoint(whole_run, 8)["networks"]["student"]
+    model = DemoModel.load(whole_run / "model")
     own = dict(model.named_parameters())
     for name, value in state["average"].items():
         assert torch.equal(own[name], value)
@@ -77,7 +68,7 @@ def test_the_exported_model_is_the_average_and_generates(whole) -> None:
     assert videos.shape == (2, 3, 3, 8, 8) and videos.isfinite().all()
 
 
-def test_a_second_phase_starts_from_the_average(tmp_path, whole) -> None:
+def test_a_second_phase_starts_from_the_average(tmp_path, whole_run) -> None:
     """A rate too small to move anything leaves the average of phase 0 in the weights of phase 1."""
     phases = [DEMO["phases"][0], {"objective": "flow_map", "iterations": 1, "lr": 1e-30}]
     train(tiny(phases=phases), tmp_path, io.StringIO())

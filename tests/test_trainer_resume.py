@@ -33,15 +33,7 @@ from .trainer_runs import (
 )
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole")
-    train(tiny(), out, io.StringIO())
-    return out
-
-
-def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path) -> None:
+def test_a_killed_run_continues_to_the_same_bits(whole_run, tmp_path) -> None:
     """SIGKILL in another process after its first checkpoint; weights, average, optimiser and metrics end up equal."""
     config = tmp_path / "config.json"
     config.write_text(json.dumps(config_to_dict(tiny())))
@@ -55,14 +47,14 @@ def test_a_killed_run_continues_to_the_same_bits(whole, tmp_path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert not (out / "model").exists()
     train(tiny(), out, io.StringIO())
-    assert_same_bits(checkpoint(out, 8), checkpoint(whole, 8))
-    assert metrics(out) == metrics(whole)
+    assert_same_bits(checkpoint(out, 8), checkpoint(whole_run, 8))
+    assert metrics(out) == metrics(whole_run)
     for name in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+        assert (out / "model" / name).read_bytes() == (whole_run / "model" / name).read_bytes()
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7])
-def test_a_run_stopped_at_any_step_continues_to_the_same_bits(stop, whole, monkeypatch, tmp_path) -> None:
+def test_a_run_stopped_at_any_step_continues_to_the_same_bits(stop, whole_run, monkeypatch, tmp_path) -> None:
     """Before the first checkpoint, within a phase, between the phases, and at the last step."""
     original = TrainingPhase.step
 
@@ -76,8 +68,8 @@ def test_a_run_stopped_at_any_step_continues_to_the_same_bits(stop, whole, monke
         with pytest.raises(Killed):
             train(tiny(), tmp_path, io.StringIO())
     train(tiny(), tmp_path, io.StringIO())
-    assert_same_bits(checkpoint(tmp_path, 8), checkpoint(whole, 8))
-    assert metrics(tmp_path) == metrics(whole)
+    assert_same_bits(checkpoint(tmp_path, 8), checkpoint(whole_run, 8))
+    assert metrics(tmp_path) == metrics(whole_run)
 
 
 def test_on_policy_training_continues_to_the_same_bits(monkeypatch, tmp_path) -> None:
@@ -103,7 +95,7 @@ def test_on_policy_training_continues_to_the_same_bits(monkeypatch, tmp_path) ->
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_model_that_a_killed_run_did_not_write_is_written_later(whole, monkeypatch, tmp_path) -> None:
+def test_a_model_that_a_killed_run_did_not_write_is_written_later(whole_run, monkeypatch, tmp_path) -> None:
     """Death between the last checkpoint of a phase and its model directory."""
 
     def die(self, path):
@@ -116,7 +108,7 @@ def test_a_model_that_a_killed_run_did_not_write_is_written_later(whole, monkeyp
     train(tiny(), tmp_path, io.StringIO())
     for name in ("phase-0-flow_matching", "phase-1-flow_map"):
         file = f"{name}/transformer/diffusion_pytorch_model.safetensors"
-        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+        assert (tmp_path / file).read_bytes() == (whole_run / file).read_bytes()
 
 
 @pytest.mark.parametrize("operation", ["mkdir", "save", "fsync", "sync_directory", "rename", "rmtree"])
@@ -146,16 +138,16 @@ def test_a_death_at_any_operation_of_a_save_keeps_a_whole_checkpoint(operation, 
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
-def test_a_finished_run_is_only_exported_again(whole, tmp_path) -> None:
-    before = metrics(whole)
+def test_a_finished_run_is_only_exported_again(whole_run, tmp_path) -> None:
+    before = metrics(whole_run)
     stream = io.StringIO()
-    train(tiny(), whole, stream)
-    assert "continuing after step 8" in stream.getvalue() and metrics(whole) == before
+    train(tiny(), whole_run, stream)
+    assert "continuing after step 8" in stream.getvalue() and metrics(whole_run) == before
 
 
-def test_another_config_is_refused_by_name(whole) -> None:
+def test_another_config_is_refused_by_name(whole_run) -> None:
     with pytest.raises(ValueError, match=r"another \['batch_size', 'seed'\]|another \['seed', 'batch_size'\]"):
-        train(tiny(seed=6, batch_size=2), whole, io.StringIO())
+        train(tiny(seed=6, batch_size=2), whole_run, io.StringIO())
 
 
 def test_a_run_from_before_a_setting_existed_is_continued(tmp_path) -> None:
@@ -172,8 +164,8 @@ def test_a_run_from_before_a_setting_existed_is_continued(tmp_path) -> None:
         train(tiny(phases=[DEMO["phases"][0], DEMO["phases"][1] | {"decay": 2}]), tmp_path, io.StringIO())
 
 
-def test_old_checkpoints_go_and_the_newest_stay(whole) -> None:
-    assert [step for step, _ in checkpoints.step_directories(whole / "checkpoints")] == [6, 8]
+def test_old_checkpoints_go_and_the_newest_stay(whole_run) -> None:
+    assert [step for step, _ in checkpoints.step_directories(whole_run / "checkpoints")] == [6, 8]
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path) -> None:
