@@ -152,14 +152,18 @@ class _TemplateBank:
         """Energy (...) and position (..., 2) of the best centre near `centres`, by two shrinking 5 x 5 searches."""
         energy = torch.zeros(shape.shape)
         for step in (0.2, 0.08):
-            offsets = step * torch.cartesian_prod(torch.arange(-2.0, 3), torch.arange(-2.0, 3))
-            tried = centres[..., None, :] + offsets
-            masks = self.masks(shape[..., None].expand(tried.shape[:-1]), tried)  # (..., 25, pixels)
-            norms = masks.square().sum(-1).clamp_min(1e-6)
-            scores = (masks @ contrast.transpose(-1, -2)).square().sum(-1) / norms
-            energy, index = scores.max(-1)
-            centres = tried.gather(-2, index[..., None, None].expand(*index.shape, 1, 2)).squeeze(-2)
+            energy, centres = self.search(contrast, shape, centres, step * torch.arange(-2.0, 3))
         return energy, centres
+
+    def search(
+        self, contrast: torch.Tensor, shape: torch.Tensor, centres: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the square grid around `centres` whose x and y are off by `steps` (n,) pixels."""
+        tried = centres[..., None, :] + torch.cartesian_prod(steps, steps)
+        masks = self.masks(shape[..., None].expand(tried.shape[:-1]), tried)  # (..., n * n, pixels)
+        norms = masks.square().sum(-1).clamp_min(1e-6)
+        energy, index = ((masks @ contrast.transpose(-1, -2)).square().sum(-1) / norms).max(-1)
+        return energy, _take(tried, index)
 
 
 def _measure_equal(rgb: torch.Tensor, scenes: Sequence[Scene], bank: _TemplateBank) -> Measurement:
@@ -205,7 +209,7 @@ def _pursue(contrast: torch.Tensor, count: int, bank: _TemplateBank) -> tuple[to
     for _ in range(count):
         energy, where = bank.best(rest)
         shape = energy.argmax(-1)  # (B, T)
-        centre = where.gather(-2, shape[..., None, None].expand(*shape.shape, 1, 2)).squeeze(-2)
+        centre = _take(where, shape)
         mask = bank.masks(shape, centre)  # (B, T, P)
         colour = (rest @ mask[..., None]).squeeze(-1) / mask.square().sum(-1, keepdim=True).clamp_min(1e-6)
         rest = rest - colour[..., None] * mask[..., None, :]
@@ -232,7 +236,8 @@ def _classify(contrast: torch.Tensor, tracks: torch.Tensor, bank: _TemplateBank)
         for index in range(len(SHAPES)):
             shape = torch.full(tracks.shape[:1] + tracks.shape[2:3], index)
             # A wrong first guess of the shape shifts its centre: start from a wider search.
-            energy, centre = bank.refine(contrast, shape, _coarse(contrast, shape, tracks[:, k], bank))
+            _, coarse = bank.search(contrast, shape, tracks[:, k], torch.arange(-3.0, 4) / 2)
+            energy, centre = bank.refine(contrast, shape, coarse)
             energies.append(energy.sum(-1))
             centres.append(centre)
         best = torch.stack(energies, -1).argmax(-1)  # (B,)
@@ -241,14 +246,9 @@ def _classify(contrast: torch.Tensor, tracks: torch.Tensor, bank: _TemplateBank)
     return torch.stack(shapes, 1), torch.stack(refined, 1)
 
 
-def _coarse(contrast: torch.Tensor, shape: torch.Tensor, centres: torch.Tensor, bank: _TemplateBank) -> torch.Tensor:
-    """The best of a 7 x 7 half-pixel neighbourhood."""
-    steps = torch.arange(-3.0, 4) / 2
-    tried = centres[..., None, :] + torch.cartesian_prod(steps, steps)
-    masks = bank.masks(shape[..., None].expand(tried.shape[:-1]), tried)
-    scores = (masks @ contrast.transpose(-1, -2)).square().sum(-1) / masks.square().sum(-1).clamp_min(1e-6)
-    index = scores.argmax(-1)
-    return tried.gather(-2, index[..., None, None].expand(*index.shape, 1, 2)).squeeze(-2)
+def _take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(..., 2): of points (..., n, 2) those at `index` (...)."""
+    return points.gather(-2, index[..., None, None].expand(*index.shape, 1, 2)).squeeze(-2)
 
 
 def _fit_colours(pixels: torch.Tensor, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
