@@ -87,10 +87,8 @@ def generator_score_loss(
         raise ValueError("negative: got None, expected the embedding of the negative prompt for real_guidance")
     with torch.no_grad():
         clean = x.detach()
-        t = sample_uniform(x.shape[0], config.shift, generator, x.device).clamp(
-            config.min_timestep, config.max_timestep
-        )
-        t = t[:, None].repeat(1, x.shape[1])
+        t = sample_uniform(x.shape[0], config.shift, generator, x.device)
+        t = t.clamp(config.min_timestep, config.max_timestep)[:, None].repeat(1, x.shape[1])
         x_t = add_noise(clean, standard_noise(clean, generator), t)
         x0_fake = clean_estimate(x_t, t, fake(x_t, t, t, text))
         x0_cond = clean_estimate(x_t, t, real(x_t, t, t, text))
@@ -100,9 +98,8 @@ def generator_score_loss(
         gradient = dmd_gradient(clean, x0_fake, guided_estimate(x0_cond, x0_uncond, config.real_guidance), config.floor)
     loss = dmd_loss(x, gradient, config.weight)
     per_sample = gradient.square().mean(dim=tuple(range(1, x.dim())))
-    return LossResult(
-        loss, per_sample, {"vsd": loss.item(), "vsd_gradient_rms": gradient.square().mean().sqrt().item()}
-    )
+    log = {"vsd": loss.item(), "vsd_gradient_rms": gradient.square().mean().sqrt().item()}
+    return LossResult(loss, per_sample, log)
 
 
 def fake_score_loss(
@@ -114,9 +111,8 @@ def fake_score_loss(
 ) -> LossResult:
     """Flow matching of the fake score on generated latents x, which are detached; conditional prompt only."""
     t = sample_logit_normal(x.shape[0], config.shift, generator, x.device)
-    result = flow_matching_loss(
-        fake, x.detach(), text, t.clamp(config.min_timestep, config.max_timestep), generator=generator
-    )
+    t = t.clamp(config.min_timestep, config.max_timestep)
+    result = flow_matching_loss(fake, x.detach(), text, t, generator=generator)
     return LossResult(result.loss, result.per_sample, {"fake_score": result.loss.item()}, result.prediction)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ...checkpoints import from_research, read_checkpoint
 from ...encoders.words import WordEncoder
 from ...models import MODELS, AnyFlowFARTransformer3DModel, AnyFlowModel, AnyFlowTransformer3DModel
+from ...models.config import read_config
+from ...models.parameters import warm_start_compressed_weight
 from .. import distributed
 from ..config import ModelSettings, TrainConfig
 from ..demo.demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
@@ -66,7 +69,10 @@ class Networks:
                     scored: Any = real.config
                     width = scored.num_attention_heads * scored.attention_head_dim
                     heads = DiscriminatorHeads(width, len(config.on_policy.gan.blocks))
-        self._check_chunks(student)
+        own: Any = student.config
+        if config.far is not None and config.far.full_chunk_limit != own.full_chunk_limit:
+            got = config.far.full_chunk_limit
+            raise ValueError(f"far.full_chunk_limit: got {got}, expected the model's, {own.full_chunk_limit}")
         for model in (student, real, fake):
             if model is None:
                 continue
@@ -79,14 +85,6 @@ class Networks:
         self.student, self.real, self.fake = student, real, fake
         self.heads = None if heads is None else heads.to(device)
         self.text_encoder = None if text_encoder is None else text_encoder.to(device)
-
-    def _check_chunks(self, student: Any) -> None:
-        far = self.config.far
-        if far is None:
-            return
-        limit = student.config.full_chunk_limit
-        if far.full_chunk_limit != limit:
-            raise ValueError(f"far.full_chunk_limit: got {far.full_chunk_limit}, expected the model's, {limit}")
 
     def train_text_encoder(self, trained: bool) -> None:
         """The text encoder learns in the first phase of a demo and is frozen then, so that later networks share it."""
@@ -110,8 +108,6 @@ class Networks:
 
     def _write(self, state: dict[str, Any], directory: Path) -> None:
         if self.config.lora is not None:
-            from safetensors.torch import save_file
-
             adapters = {name: tensor.contiguous() for name, tensor in state.items() if ".lora_" in name}
             settings = {"rank": str(self.config.lora.rank), "alpha": str(self.config.lora.alpha)}
             save_file(adapters, directory / "lora.safetensors", metadata=settings)
@@ -155,9 +151,7 @@ def load_network(
         demo = DemoModel.load(path)
         return to_dtype(demo.transformer.train(), dtype), demo.text_encoder
     directory = Path(path) / "transformer" if (Path(path) / "transformer").is_dir() else Path(path)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}: expected a model directory in diffusers' format")
-    stored = json.loads((directory / "config.json").read_text())
+    stored = read_config(directory)
     if any_class:
         model_class = MODELS.get(stored.get("_class_name", ""), model_class)
     if stored.get("_class_name") == BASE_CLASS:
@@ -172,8 +166,6 @@ def from_base(directory: Path, stored: dict[str, Any], model_class: Any, changes
     Raises:
         ValueError: if the weights differ by more than those two parts.
     """
-    import inspect
-
     known = set(inspect.signature(model_class).parameters)
     shared = {key: value for key, value in stored.items() if key in known and value is not None}
     model = model_class.from_config(shared | changes)
@@ -186,8 +178,6 @@ def from_base(directory: Path, stored: dict[str, Any], model_class: Any, changes
     model.load_state_dict(state, strict=False)
     copy_time_embedder(model)
     if hasattr(model, "far_patch_embedding"):
-        from ...models.parameters import warm_start_compressed_weight
-
         full, far = model.patch_embedding, model.far_patch_embedding
         with torch.no_grad():
             far.weight.copy_(warm_start_compressed_weight(full.weight, tuple(far.kernel_size)))
