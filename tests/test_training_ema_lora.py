@@ -12,17 +12,9 @@ from torch import nn
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training import EMA, BidirectionalVelocity, add_lora, lora_state_dict, merge_lora
 
+from .trainer_runs import SIZES
+
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())["ema"]
-SIZES = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 6,
-    "freq_dim": 16,
-    "ffn_dim": 24,
-    "num_layers": 2,
-}
 
 
 def one_parameter(value: float, dtype: torch.dtype = torch.float64) -> nn.Module:

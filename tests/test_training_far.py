@@ -23,6 +23,8 @@ from anyflow_runtime.training import (
     sample_time_pairs,
 )
 
+from .trainer_runs import SIZES
+
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())["far_training_layout"]
 PARTITION = [1, 2, 1, 2]
 
@@ -30,19 +32,7 @@ PARTITION = [1, 2, 1, 2]
 def far_model(seed: int = 0, **changes) -> AnyFlowFARTransformer3DModel:
     """A tiny float64 model: in float64, gradients computed in two ways agree to 1e-9 or are wrong."""
     torch.manual_seed(seed)
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "in_channels": 3,
-        "out_channels": 3,
-        "text_dim": 6,
-        "freq_dim": 16,
-        "ffn_dim": 24,
-        "num_layers": 2,
-        "full_chunk_limit": 2,
-        **changes,
-    }
-    model = AnyFlowFARTransformer3DModel(**config).double()
+    model = AnyFlowFARTransformer3DModel(**(SIZES | {"full_chunk_limit": 2} | changes)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -37,6 +37,8 @@ from anyflow_runtime.training import (
 from anyflow_runtime.training.objectives.dmd import guided_estimate
 from anyflow_runtime.training.objectives.interpolant import clean_estimate
 
+from .trainer_runs import SIZES
+
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 STUB = ORACLE["rollout"]["linear_stub"]["results"]
 DMD = ORACLE["dmd"]
@@ -181,16 +183,6 @@ def test_cadence() -> None:
     assert [UpdateCadence(5).updates_student(i) for i in range(6)] == [True, False, False, False, False, True]
 
 
-SIZES = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 6,
-    "freq_dim": 16,
-    "ffn_dim": 24,
-    "num_layers": 2,
-}
 FAR = FarConfig(chunk_partition=(1, 2, 1), full_chunk_limit=2, bidirectional_probability=1.0)
 
 

@@ -15,18 +15,13 @@ from safetensors.torch import load_file, save_file
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training.config import config_from_dict, merged
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 24,
-    "num_layers": 1,
-    "full_chunk_limit": 2,
-    "chunk_partition": [1, 1, 1],
-}
+SIZES = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 3, "text_dim": 6,
+    "freq_dim": 16, "ffn_dim": 24, "num_layers": 2,
+}  # fmt: skip
+TINY = SIZES | {
+    "attention_head_dim": 12, "text_dim": 8, "num_layers": 1, "full_chunk_limit": 2, "chunk_partition": [1, 1, 1]
+}  # fmt: skip
 DEMO = {
     "name": "tiny",
     "seed": 5,
