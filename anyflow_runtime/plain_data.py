@@ -27,12 +27,13 @@ def register(cls: type) -> None:
     _REGISTERED[_path_of(cls)] = cls
 
 
-def to_plain(value: Any, path: str = "", omit: Collection[str] = ()) -> Any:
+def to_plain(value: Any, path: str = "", omit: Collection[str] = (), registered: bool = False) -> Any:
     """The plain form of a value.
 
     Args:
         path: what messages call it.
         omit: fields to leave out.
+        registered: inside a registered dataclass, where others have no plain form: nothing has to tell their class.
 
     Raises:
         TypeError: if it holds something without a plain form; the field is named.
@@ -41,28 +42,29 @@ def to_plain(value: Any, path: str = "", omit: Collection[str] = ()) -> Any:
         return value
     if isinstance(value, type):
         return {"$class": _path_of(value)}
-    if dataclasses.is_dataclass(value):
-        tag = {"$config": _path_of(type(value))} if _path_of(type(value)) in _REGISTERED else {}
-        return tag | _plain_fields(value, path, omit)
+    if _path_of(type(value)) in _REGISTERED:
+        return {"$config": _path_of(type(value))} | _plain_fields(value, path, omit, True)
+    if dataclasses.is_dataclass(value) and not registered:
+        return _plain_fields(value, path, omit, False)
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Path):
         return {"$path": str(value)}
     if isinstance(value, (list, tuple)):
-        return [to_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return [to_plain(item, f"{path}[{i}]", (), registered) for i, item in enumerate(value)]
     if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: to_plain(item, _join(path, key)) for key, item in value.items()}
+        return {key: to_plain(item, _join(path, key), (), registered) for key, item in value.items()}
     raise TypeError(f"{path}: {type(value).__name__} has no plain form")
 
 
-def _plain_fields(config: Any, path: str, omit: Collection[str]) -> dict[str, Any]:
+def _plain_fields(config: Any, path: str, omit: Collection[str], registered: bool) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for f in _fields(config, omit):
         value, left_out = getattr(config, f.name), f.metadata.get("omit", ())
         if f.metadata.get("inline"):
-            plain |= _plain_fields(value, path, left_out)
+            plain |= _plain_fields(value, path, left_out, registered)
         else:
-            plain[f.name] = to_plain(value, _join(path, f.name), left_out)
+            plain[f.name] = to_plain(value, _join(path, f.name), left_out, registered)
     return plain
 
 

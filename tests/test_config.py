@@ -71,6 +71,11 @@ class Holder:
         self.inner = {"a": 1}
 
 
+@dataclass(frozen=True)
+class Tank:
+    litres: int = 40
+
+
 def test_setup_calls_the_target_with_config_and_keywords():
     config = PetrolConfig()
     engine = config.setup(colour="red")
@@ -274,9 +279,11 @@ def test_configs_of_models_and_schedulers_are_the_same_read_only_dict():
         assert type(duplicate) is FrozenDict and duplicate == config
 
 
-def test_plain_form_names_what_cannot_be_written():
-    with pytest.raises(TypeError, match=r"PetrolConfig\.options: Holder"):
-        PetrolConfig(options=Holder()).to_dict()
+@pytest.mark.parametrize("value", [Holder(), Tank()], ids=type)
+def test_plain_form_names_what_cannot_be_written(value):
+    """Also a dataclass of another kind, which nothing would tell the reader to rebuild."""
+    with pytest.raises(TypeError, match=rf"PetrolConfig\.options: {type(value).__name__} has no plain form"):
+        PetrolConfig(options=value).to_dict()
 
 
 @pytest.mark.parametrize(
