@@ -73,11 +73,7 @@ RECIPES["demo-on-policy"] = merged(
         "phases": [{"objective": "on_policy", "iterations": 200, "lr": 1e-4, "decay": 60}],
         "optimiser": {"betas": [0.0, 0.999]},
         "far": {"bidirectional_probability": 0.0},
-        "on_policy": {
-            "score": {"real_guidance": None, "shift": 2.0},
-            "step_choices": [2, 4, 8],
-            "batch_size": 24,
-        },
+        "on_policy": {"score": {"real_guidance": None, "shift": 2.0}, "step_choices": [2, 4, 8], "batch_size": 24},
     },
 )
 

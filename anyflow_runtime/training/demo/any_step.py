@@ -75,11 +75,7 @@ def load(path: str | os.PathLike[str] = DEMO_MODEL, mean_velocity: bool = True) 
 
 
 def sample(
-    pipeline: StreamInferencePipeline,
-    captions: Sequence[str],
-    steps: int,
-    seed: int = 0,
-    given: Tensor | None = None,
+    pipeline: StreamInferencePipeline, captions: Sequence[str], steps: int, seed: int = 0, given: Tensor | None = None
 ) -> Tensor:
     """Videos (B, F, 3, H, W), AMPLITUDE times RGB, as they are shown: clamped to what a screen can show.
 

@@ -103,11 +103,7 @@ def generator_score_loss(
 
 
 def fake_score_loss(
-    fake: Velocity,
-    x: torch.Tensor,
-    text: torch.Tensor,
-    config: ScoreConfig,
-    generator: torch.Generator | None = None,
+    fake: Velocity, x: torch.Tensor, text: torch.Tensor, config: ScoreConfig, generator: torch.Generator | None = None
 ) -> LossResult:
     """Flow matching of the fake score on generated latents x, which are detached; conditional prompt only."""
     t = sample_logit_normal(x.shape[0], config.shift, generator, x.device)

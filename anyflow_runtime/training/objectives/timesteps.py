@@ -71,10 +71,7 @@ class GlobalBatch:
 
 
 def bucket_counts(
-    global_size: int,
-    diffusion_ratio: float = 0.5,
-    consistency_ratio: float = 0.25,
-    draw: float | None = None,
+    global_size: int, diffusion_ratio: float = 0.5, consistency_ratio: float = 0.25, draw: float | None = None
 ) -> tuple[int, int]:
     """How many samples of a global batch are diffusion (r = t) and consistency (r = 0).
 
@@ -102,10 +99,7 @@ def bucket_counts(
 
 
 def assign_buckets(
-    batch: GlobalBatch,
-    diffusion_ratio: float = 0.5,
-    consistency_ratio: float = 0.25,
-    draw: float | None = None,
+    batch: GlobalBatch, diffusion_ratio: float = 0.5, consistency_ratio: float = 0.25, draw: float | None = None
 ) -> torch.Tensor:
     """(local,) int64 of DIFFUSION, CONSISTENCY or FREE by global index: the first are diffusion, the next consistency.
 
