@@ -1,6 +1,6 @@
 """Configs: frozen, hashable, printable trees that build the objects they describe.
 
-A config is a keyword-only frozen dataclass.  `InstantiateConfig._target` names the class, `setup()` builds it, and
+A config is a keyword-only frozen dataclass. `InstantiateConfig._target` names the class, `setup()` builds it, and
 `derive_config` makes a changed copy by rebuilding every node on the way, so validation in `__post_init__` runs again.
 
     @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class FrozenDict(dict[str, Any]):
 class PrintableConfig:
     """Base of every config: a readable multi-line `str()`, hashable fields and conversion to plain data.
 
-    Subclasses are dataclasses with `frozen=True, kw_only=True`.  Before their `__post_init__` runs, list and set
-    fields become tuples and frozensets and dict fields become `FrozenDict`, so that the config hashes.
+    Subclasses are dataclasses with `frozen=True, kw_only=True`. Before their `__post_init__` runs, list and set fields
+    become tuples and frozensets and dict fields become `FrozenDict`, so that the config hashes.
 
     Raises:
         TypeError: at construction, if a field holds something else that cannot be hashed; the field is named.
@@ -118,7 +118,7 @@ class InstantiateConfig(PrintableConfig):
     """A config that carries the class it describes.
 
     Args:
-        _target: called as `_target(config, **kwargs)` by `setup`.  An abstract class raises TypeError there.
+        _target: called as `_target(config, **kwargs)` by `setup`. An abstract class raises TypeError there.
     """
 
     _target: type

@@ -36,11 +36,11 @@ class SchedulerConfigMixin:
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build from the config of this or another scheduler; keywords override settings.
 
-        Settings the constructor does not know are kept in `config` for whoever reads it next.  Settings that the
-        other scheduler had not been given but filled in (`_use_default_values`) are left to our own defaults.
+        Settings the constructor does not know are kept in `config` for whoever reads it next. Settings that the other
+        scheduler had not been given but filled in (`_use_default_values`) are left to our own defaults.
 
-        Returns:
-            The scheduler, or with `return_unused_kwargs` (scheduler, everything the constructor did not take).
+        Returns: the scheduler, or with `return_unused_kwargs` (scheduler, everything the constructor did not take).
+
         Raises:
             ValueError: if `config` is no mapping.
         """
@@ -102,7 +102,7 @@ class SchedulerConfigMixin:
     def from_pretrained(
         cls, path: str | os.PathLike, subfolder: str | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """`from_config` of the file `load_config` finds; see both.  Hub options are among the keywords."""
+        """`from_config` of the file `load_config` finds; see both. Hub options are among the keywords."""
         options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         return cls.from_config(cls.load_config(path, subfolder, **options), return_unused_kwargs, **kwargs)
 
