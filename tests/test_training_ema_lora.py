@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,9 +9,10 @@ from torch import nn
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training import EMA, BidirectionalVelocity, add_lora, lora_state_dict, merge_lora
 
+from . import trainer_runs
 from .trainer_runs import SIZES
 
-ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())["ema"]
+ORACLE = trainer_runs.ORACLE["ema"]
 
 
 def one_parameter(value: float, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,9 +20,10 @@ from anyflow_runtime.training import (
     sample_time_pairs,
 )
 
+from . import trainer_runs
 from .trainer_runs import SIZES
 
-ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())["far_training_layout"]
+ORACLE = trainer_runs.ORACLE["far_training_layout"]
 PARTITION = [1, 2, 1, 2]
 
 

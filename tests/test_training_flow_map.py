@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +21,10 @@ from anyflow_runtime.training import (
 from anyflow_runtime.training.objectives.guidance import fused_prediction, guidance_strengths
 from anyflow_runtime.training.objectives.timesteps import DIFFUSION, FREE
 
-ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
+from .trainer_runs import ORACLE, double
+
 CD = ORACLE["central_difference"]
 PLAIN = FlowMapConfig(guidance=None, text_dropout=0.0)
-
-
-def double(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def stub(x, t, r, text):

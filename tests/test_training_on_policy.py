@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -37,15 +34,10 @@ from anyflow_runtime.training import (
 from anyflow_runtime.training.objectives.dmd import guided_estimate
 from anyflow_runtime.training.objectives.interpolant import clean_estimate
 
-from .trainer_runs import SIZES
+from .trainer_runs import ORACLE, SIZES, double
 
-ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 STUB = ORACLE["rollout"]["linear_stub"]["results"]
 DMD = ORACLE["dmd"]
-
-
-def double(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def parse(name: str) -> RolloutDraw:

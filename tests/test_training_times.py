@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,8 @@ from anyflow_runtime.training.objectives.timesteps import (
     shift_time,
 )
 
-ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
+from .trainer_runs import ORACLE
+
 LETTERS = {"D": 0, "C": 1, "F": 2}
 
 

@@ -1,4 +1,4 @@
-"""Tiny configs, data and models for the tests of the trainer, and ways to look into a run."""
+"""Tiny configs, data and models for the tests of training, its oracle, and ways to look into a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training.config import config_from_dict, merged
 
+ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 3, "text_dim": 6,
     "freq_dim": 16, "ffn_dim": 24, "num_layers": 2,
@@ -49,6 +50,10 @@ FAR = {
     "precision": "fp32",
     "log_every": 1,
 }
+
+
+def double(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 class Killed(BaseException):
