@@ -79,7 +79,7 @@ def read_video(
     """
     _check_size(size)
     if num_frames is not None and num_frames < 1:
-        raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
+        raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
     path = _existing(path)
     frames: list[Tensor] = []
     for pixels in _decoded(path):
@@ -87,7 +87,7 @@ def read_video(
         if len(frames) == num_frames:
             break
     if num_frames is not None and len(frames) < num_frames:
-        raise ValueError(f"num_frames: asked for {num_frames}, but {path} has {len(frames)} frames")
+        raise ValueError(f"num_frames: got {num_frames}, expected at most {len(frames)}, the frames of {path}")
     return torch.stack(frames)
 
 
@@ -102,7 +102,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 def _check_size(size: Any) -> None:
     if size is not None and (len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size)):
-        raise ValueError(f"size: expected (height, width) of at least 1 pixel each, got {size!r}")
+        raise ValueError(f"size: got {size!r}, expected (height, width) of at least 1 pixel each")
 
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:
@@ -187,13 +187,13 @@ class VideoWriter:
         self.path = Path(path)
         suffix = self.path.suffix.lower()
         if suffix not in (".mp4", ".gif", ".png"):
-            raise ValueError(f"path: expected a name ending in .mp4, .gif or .png, got {str(path)!r}")
+            raise ValueError(f"path: got {str(path)!r}, expected a name ending in .mp4, .gif or .png")
         if pixel_range not in PIXEL_RANGES:
-            raise ValueError(f"pixel_range: expected one of {PIXEL_RANGES}, got {pixel_range!r}")
+            raise ValueError(f"pixel_range: got {pixel_range!r}, expected one of {PIXEL_RANGES}")
         if fps < 1 or not 0 <= crf <= 51:
-            raise ValueError(f"fps, crf: expected fps of at least 1 and crf from 0 to 51, got {fps}, {crf}")
+            raise ValueError(f"fps, crf: got {fps}, {crf}, expected fps of at least 1 and crf from 0 to 51")
         if zoom < 1:
-            raise ValueError(f"zoom: expected at least 1, got {zoom}")
+            raise ValueError(f"zoom: got {zoom}, expected at least 1")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(self.path.parent))
         _optional("av", "PyAV") if suffix == ".mp4" else _optional("PIL.Image", "Pillow")
@@ -260,18 +260,18 @@ class VideoWriter:
     def _pixels(self, frames: Tensor) -> np.ndarray:
         """Checked (T, H, W, 3) uint8 frames on the host."""
         if not isinstance(frames, Tensor):
-            raise TypeError(f"frames: expected a tensor, got {type(frames).__name__}")
+            raise TypeError(f"frames: got {type(frames).__name__}, expected a tensor")
         if frames.ndim not in (3, 4) or frames.shape[-3] != 3 or 0 in frames.shape:
-            raise ValueError(f"frames: expected shape (T, 3, H, W) or (3, H, W), got {tuple(frames.shape)}")
+            raise ValueError(f"frames: got {tuple(frames.shape)}, expected shape (T, 3, H, W) or (3, H, W)")
         if frames.dtype != torch.uint8 and not frames.is_floating_point():
-            raise TypeError(f"frames: expected uint8 or a floating-point dtype, got {frames.dtype}")
+            raise TypeError(f"frames: got {frames.dtype}, expected uint8 or a floating-point dtype")
         if self._zoom > 1:
             frames = frames.repeat_interleave(self._zoom, -1).repeat_interleave(self._zoom, -2)
         size = (frames.shape[-2], frames.shape[-1])
         if self._size is not None and size != self._size:
-            raise ValueError(f"frames: the video is {self._size[0]} x {self._size[1]}, got {size[0]} x {size[1]}")
+            raise ValueError(f"frames: got {size[0]} x {size[1]}, expected {self._size[0]} x {self._size[1]} as before")
         if self.path.suffix.lower() == ".mp4" and (size[0] % 2 or size[1] % 2):
-            raise ValueError(f"frames: H.264 needs an even height and width, got {size[0]} x {size[1]}")
+            raise ValueError(f"frames: got {size[0]} x {size[1]}, expected an even height and width for H.264")
         self._size = size
         frames = frames.detach().reshape(-1, *frames.shape[-3:])
         if frames.dtype != torch.uint8:

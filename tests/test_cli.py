@@ -142,7 +142,7 @@ BAD = {
     ),
     "clip shorter than asked": (
         "x --size 32x48 --video {}/9.mp4 --context-frames 13",
-        "asked for 13, but {}/9.mp4 has 9 frames",
+        "got 13, expected at most 9, the frames of {}/9.mp4",
     ),
     "context frames without a clip": ("x --context-frames 1", "--context-frames: got without --video"),
     "no chunk left for a picture": (

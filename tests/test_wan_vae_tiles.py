@@ -77,9 +77,9 @@ def test_latents_far_from_the_edges_of_tiles_are_those_without_tiles(kind):
 
 @pytest.mark.parametrize("config", [WanVAEStreamDecoderConfig, WanVAEEncoderConfig])
 def test_tiles_that_do_not_fit_are_refused(config):
-    with pytest.raises(ValueError, match="tile_size: expected a multiple of 8 pixels, got 100"):
+    with pytest.raises(ValueError, match="tile_size: got 100, expected a multiple of 8 pixels"):
         config(tile_size=100, tile_stride=50).setup(vae=make_vae("wan21"))
-    with pytest.raises(ValueError, match="tile_stride: expected 1 to tile_size = 64, got 96"):
+    with pytest.raises(ValueError, match="tile_stride: got 96, expected 1 to tile_size = 64"):
         config(tile_size=64, tile_stride=96)
 
 

@@ -34,7 +34,7 @@ class PixelDecoderConfig(DecoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 1 or self.block < 1:
-            raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
+            raise ValueError(f"channels, block: got {self.channels}, {self.block}, expected at least 1")
         check_range("latent_range", self.latent_range)
 
 

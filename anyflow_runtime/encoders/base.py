@@ -101,7 +101,7 @@ class NullEncoder(Encoder, StreamingEncoder[StreamingEncoderCache]):
             TypeError: if a context is given; there is nothing it could set.
         """
         if context:
-            raise TypeError(f"NullEncoder takes no context, got {', '.join(sorted(context))}")
+            raise TypeError(f"context: got {', '.join(sorted(context))}, expected none for a NullEncoder")
         return StreamingEncoderCache()
 
     def forward(self, input: Any, autoregressive_index: int = 0, cache: StreamingEncoderCache | None = None) -> Any:
@@ -112,8 +112,8 @@ class NullEncoder(Encoder, StreamingEncoder[StreamingEncoderCache]):
 def check_frames(name: str, x: Any, channels: int) -> None:
     """Raise unless `x` is a floating-point tensor (..., T, channels, height, width) with something in it."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor (..., T, {channels}, H, W), got {type(x).__name__}")
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor (..., T, {channels}, H, W)")
     if x.ndim < 4 or x.shape[-3] != channels or 0 in x.shape:
-        raise ValueError(f"{name}: expected shape (..., T, {channels}, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"{name}: got {tuple(x.shape)}, expected shape (..., T, {channels}, H, W)")
     if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+        raise TypeError(f"{name}: got {x.dtype}, expected a floating-point dtype")

@@ -34,9 +34,9 @@ class PixelEncoderConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 1 or self.block < 1:
-            raise ValueError(f"channels, block: expected at least 1, got {self.channels}, {self.block}")
+            raise ValueError(f"channels, block: got {self.channels}, {self.block}, expected at least 1")
         if self.pixel_range not in ("signed", "unit"):
-            raise ValueError(f"pixel_range: expected 'signed' or 'unit', got {self.pixel_range!r}")
+            raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected 'signed' or 'unit'")
         check_range("latent_range", self.latent_range)
 
 
@@ -67,7 +67,7 @@ class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
         check_frames("input", input, self.config.channels)
         if input.shape[-2] % self.config.block or input.shape[-1] % self.config.block:
             raise ValueError(
-                f"input: height and width must be multiples of {self.config.block}, got {tuple(input.shape[-2:])}"
+                f"input: got height and width {tuple(input.shape[-2:])}, expected multiples of {self.config.block}"
             )
         self.get_output_temporal_size(autoregressive_index, input.shape[-4])
         latents = F.pixel_unshuffle(input, self.config.block)

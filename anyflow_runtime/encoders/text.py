@@ -48,7 +48,7 @@ class UMT5TextEncoderConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 1:
-            raise ValueError(f"max_length: expected at least 1, got {self.max_length}")
+            raise ValueError(f"max_length: got {self.max_length}, expected at least 1")
 
 
 class UMT5TextEncoder(Encoder):
@@ -68,9 +68,9 @@ class UMT5TextEncoder(Encoder):
         given = [part is not None for part in (text_encoder, tokenizer)]
         if given != [config.path is None] * 2:
             raise ValueError(
-                "path, text_encoder, tokenizer: expected either config.path or both parts, got "
-                f"path={config.path!r}, text_encoder={'given' if given[0] else None}, "
-                f"tokenizer={'given' if given[1] else None}"
+                f"path, text_encoder, tokenizer: got path={config.path!r}, text_encoder "
+                f"{'given' if given[0] else None}, tokenizer {'given' if given[1] else None}, expected either "
+                "config.path or both parts"
             )
         if config.path is not None:
             text_encoder, tokenizer = _load(config)
@@ -93,10 +93,10 @@ class UMT5TextEncoder(Encoder):
         """
         prompts = [input] if isinstance(input, str) else list(input)
         if not prompts:
-            raise ValueError("input: expected at least one prompt, got none")
+            raise ValueError("input: got no prompts, expected at least one")
         for prompt in prompts:
             if not isinstance(prompt, str):
-                raise TypeError(f"input: expected strings, got {type(prompt).__name__}")
+                raise TypeError(f"input: got {type(prompt).__name__}, expected strings")
 
         tokens = self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],

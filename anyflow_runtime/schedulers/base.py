@@ -131,10 +131,10 @@ class Scheduler(nn.Module, ABC):
     def _scalar_timestep(self, timestep: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or timestep.ndim != 0:
             got = tuple(timestep.shape) if isinstance(timestep, Tensor) else type(timestep).__name__
-            raise ScheduleError(f"timestep: expected a 0-d tensor, got {got}")
+            raise ScheduleError(f"timestep: got {got}, expected a 0-d tensor")
         limit = self.config.num_train_timesteps
         if timestep.device.type == "cpu" and not 0 <= timestep.item() <= limit:
-            raise ScheduleError(f"timestep: expected a value in [0, {limit}], got {timestep.item()}")
+            raise ScheduleError(f"timestep: got {timestep.item()}, expected a value in [0, {limit}]")
         return timestep
 
 
@@ -149,7 +149,7 @@ def solver_dtype(x: Tensor, name: str) -> torch.dtype:
     """float32, or float64 for float64 input.  Raises TypeError unless `x` is real floating point."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -173,7 +173,7 @@ def flow_function(predict_flow: FlowPredictor, *, wants_r: bool) -> FlowFunction
         shape = (out.flow if isinstance(out, GuidedFlow) else out).shape
         if shape != x.shape:
             raise ValueError(
-                f"predict_flow: expected a flow of shape {tuple(x.shape)}, like its input, got {tuple(shape)}"
+                f"predict_flow: got {tuple(shape)}, expected a flow of shape {tuple(x.shape)}, like its input"
             )
         return out
 
@@ -182,7 +182,7 @@ def flow_function(predict_flow: FlowPredictor, *, wants_r: bool) -> FlowFunction
 
 def _how_to_pass_r(predict_flow: Any, wants_r: bool) -> str | None:
     if not callable(predict_flow):
-        raise TypeError(f"predict_flow: expected a callable (x, t) or (x, t, r), got {type(predict_flow).__name__}")
+        raise TypeError(f"predict_flow: got {type(predict_flow).__name__}, expected a callable (x, t) or (x, t, r)")
     function = predict_flow.forward if isinstance(predict_flow, nn.Module) else predict_flow
     unknown = "positional" if wants_r else None
     try:
@@ -193,7 +193,7 @@ def _how_to_pass_r(predict_flow: Any, wants_r: bool) -> str | None:
     open_ended = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     required = [p for p in places if p.default is p.empty]
     if len(required) > 3 or (len(places) < 2 and not open_ended):
-        raise TypeError(f"predict_flow: expected a callable (x, t) or (x, t, r), got {inspect.signature(function)}")
+        raise TypeError(f"predict_flow: got {inspect.signature(function)}, expected a callable (x, t) or (x, t, r)")
     if len(required) == 3 or (len(places) > 2 and places[2].name in ("r", "r_timestep")):
         return "positional"
     # A later parameter with a default (`cache=cache`) is the caller's own business unless it bears the name of r.
@@ -218,11 +218,11 @@ def check_steps(config: Any) -> None:
     for name in ("num_inference_steps", "num_train_timesteps"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
+            raise TypeError(f"{name}: got {value!r}, expected an integer")
         if value < 1:
-            raise ScheduleError(f"{name}: expected at least 1, got {value}")
+            raise ScheduleError(f"{name}: got {value}, expected at least 1")
     if not (math.isfinite(config.shift) and config.shift > 0):
-        raise ScheduleError(f"shift: expected a positive number, got {config.shift!r}")
+        raise ScheduleError(f"shift: got {config.shift!r}, expected a positive number")
 
 
 def pairs(values: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

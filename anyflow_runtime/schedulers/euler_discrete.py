@@ -54,12 +54,12 @@ class EulerDiscreteSchedulerConfig(SchedulerConfig):
             return
         if len(self.fixed_timesteps) != self.num_inference_steps + 1:
             raise ScheduleError(
-                f"fixed_timesteps: expected num_inference_steps + 1 = {self.num_inference_steps + 1} values, "
-                f"got {len(self.fixed_timesteps)}"
+                f"fixed_timesteps: got {len(self.fixed_timesteps)} values, expected num_inference_steps + 1 = "
+                f"{self.num_inference_steps + 1}"
             )
         for t in self.fixed_timesteps:
             if not 0 <= t <= self.num_train_timesteps:
-                raise ScheduleError(f"fixed_timesteps: expected values in [0, {self.num_train_timesteps}], got {t}")
+                raise ScheduleError(f"fixed_timesteps: got {t}, expected values in [0, {self.num_train_timesteps}]")
 
 
 class EulerDiscreteScheduler(Scheduler):

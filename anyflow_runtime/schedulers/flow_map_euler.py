@@ -58,7 +58,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         for name, value in (("num_train_timesteps", num_train_timesteps), ("shift", shift)):
             if not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+                raise ValueError(f"{name}: got {value!r}, expected a positive number")
         self.register_to_config(num_train_timesteps=num_train_timesteps, shift=shift)
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -102,7 +102,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
             ValueError: if `noise` is missing.
         """
         if noise is None:
-            raise ValueError("noise: expected a tensor of the shape of `sample`, got None")
+            raise ValueError("noise: got None, expected a tensor of the shape of `sample`")
         s = torch.as_tensor(timestep).to(device=sample.device, dtype=sample.dtype) / self.config.num_train_timesteps
         s = _with_ndim(s, noise.ndim)
         return s * noise + (1.0 - s) * sample
@@ -144,7 +144,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
                 f"got {len(custom)} values for {num_inference_steps} steps"
             )
         if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}")
+            raise ValueError(f"num_inference_steps: got {num_inference_steps}, expected at least 1")
 
         if custom is None:
             grid = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64, device="cpu")[:-1]

@@ -59,18 +59,18 @@ class FlowMapEulerSchedulerConfig(SchedulerConfig):
         super().__post_init__()
         check_steps(self)
         if self.sigmas is not None and self.timesteps is not None:
-            raise ScheduleError("sigmas, timesteps: expected at most one of the two, got both")
+            raise ScheduleError("sigmas, timesteps: got both, expected at most one of the two")
         for name, limit in (("sigmas", 1), ("timesteps", self.num_train_timesteps)):
             values = getattr(self, name)
             if values is None:
                 continue
             if len(values) != self.num_inference_steps:
                 raise ScheduleError(
-                    f"{name}: expected num_inference_steps = {self.num_inference_steps} values, got {len(values)}"
+                    f"{name}: got {len(values)} values, expected num_inference_steps = {self.num_inference_steps}"
                 )
             for value in values:
                 if not 0 <= value <= limit:
-                    raise ScheduleError(f"{name}: expected values in [0, {limit}], got {value}")
+                    raise ScheduleError(f"{name}: got {value}, expected values in [0, {limit}]")
 
 
 class FlowMapEulerScheduler(Scheduler):

@@ -61,17 +61,17 @@ class FlowMatchSchedulerConfig(SchedulerConfig):
         check_steps(self)
         if len(self.denoising_timesteps) != self.num_inference_steps:
             raise ScheduleError(
-                f"denoising_timesteps: expected num_inference_steps = {self.num_inference_steps} values, "
-                f"got {len(self.denoising_timesteps)}"
+                f"denoising_timesteps: got {len(self.denoising_timesteps)} values, expected num_inference_steps = "
+                f"{self.num_inference_steps}"
             )
         for t in self.denoising_timesteps:
             if isinstance(t, bool) or not isinstance(t, int):
-                raise TypeError(f"denoising_timesteps: expected integers, got {t!r}")
+                raise TypeError(f"denoising_timesteps: got {t!r}, expected integers")
             if not 0 <= t <= self.num_train_timesteps:
-                raise ScheduleError(f"denoising_timesteps: expected values in [0, {self.num_train_timesteps}], got {t}")
+                raise ScheduleError(f"denoising_timesteps: got {t}, expected values in [0, {self.num_train_timesteps}]")
         if not 0.0 <= self.sigma_min < self.sigma_max <= 1.0:
             raise ScheduleError(
-                f"sigma_min, sigma_max: expected 0 <= min < max <= 1, got {self.sigma_min}, {self.sigma_max}"
+                f"sigma_min, sigma_max: got {self.sigma_min}, {self.sigma_max}, expected 0 <= min < max <= 1"
             )
 
 

@@ -60,7 +60,7 @@ class FlowMatchUniPCSchedulerConfig(SchedulerConfig):
         super().__post_init__()
         check_steps(self)
         if self.solver_order not in range(1, MAX_ORDER + 1):
-            raise ScheduleError(f"solver_order: expected 1, 2 or {MAX_ORDER}, got {self.solver_order!r}")
+            raise ScheduleError(f"solver_order: got {self.solver_order!r}, expected 1, 2 or {MAX_ORDER}")
 
 
 class FlowMatchUniPCScheduler(Scheduler):

@@ -52,10 +52,10 @@ class WanVAEStreamDecoderConfig(DecoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.latent_frames_per_pass < 1:
-            raise ValueError(f"latent_frames_per_pass: expected at least 1, got {self.latent_frames_per_pass}")
+            raise ValueError(f"latent_frames_per_pass: got {self.latent_frames_per_pass}, expected at least 1")
         check_tiles(self.tile_size, self.tile_stride)
         if self.compile_mode is not None and self.compile_mode not in COMPILE_MODES:
-            raise ValueError(f"compile_mode: expected None or one of {COMPILE_MODES}, got {self.compile_mode!r}")
+            raise ValueError(f"compile_mode: got {self.compile_mode!r}, expected None or one of {COMPILE_MODES}")
 
 
 @dataclass
@@ -179,11 +179,11 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
             return
         if index != cache.autoregressive_index + 1:
             raise StreamOrderError(
-                f"autoregressive_index: this cache expects chunk {cache.autoregressive_index + 1}, got {index}"
+                f"autoregressive_index: got {index}, expected {cache.autoregressive_index + 1}, the next of this cache"
             )
         if cache.latent_shape is not None and cache.latent_shape != _shape_of(latents):
             raise ValueError(
-                f"input: the rollout's chunks have (B, C, h, w) = {cache.latent_shape}, got {_shape_of(latents)}"
+                f"input: got (B, C, h, w) = {_shape_of(latents)}, expected {cache.latent_shape}, that of this rollout"
             )
 
     def _decode_pass(self, latents: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:

@@ -48,9 +48,9 @@ class WanVAEEncoderConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pixel_range not in PIXEL_RANGES:
-            raise ValueError(f"pixel_range: expected one of {PIXEL_RANGES}, got {self.pixel_range!r}")
+            raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected one of {PIXEL_RANGES}")
         if self.latent_frames_per_pass < 1:
-            raise ValueError(f"latent_frames_per_pass: expected at least 1, got {self.latent_frames_per_pass}")
+            raise ValueError(f"latent_frames_per_pass: got {self.latent_frames_per_pass}, expected at least 1")
         check_tiles(self.tile_size, self.tile_stride)
 
 
@@ -136,18 +136,18 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
         self.get_output_temporal_size(autoregressive_index, input.shape[-4])
         if input.shape[-2] % self._spatial_ratio or input.shape[-1] % self._spatial_ratio:
             raise ValueError(
-                f"input: height and width must be multiples of {self._spatial_ratio}, got {tuple(input.shape[-2:])}"
+                f"input: got height and width {tuple(input.shape[-2:])}, expected multiples of {self._spatial_ratio}"
             )
         video = input.reshape(-1, *input.shape[-4:]).transpose(1, 2)
         shape = (video.shape[0], *video.shape[-2:])
         if cache is not None:
             if autoregressive_index != cache.autoregressive_index + 1:
                 raise StreamOrderError(
-                    f"autoregressive_index: this cache expects chunk {cache.autoregressive_index + 1}, "
-                    f"got {autoregressive_index}"
+                    f"autoregressive_index: got {autoregressive_index}, expected {cache.autoregressive_index + 1}, the "
+                    "next of this cache"
                 )
             if cache.video_shape is not None and cache.video_shape != shape:
-                raise ValueError(f"input: the rollout's chunks have (B, H, W) = {cache.video_shape}, got {shape}")
+                raise ValueError(f"input: got (B, H, W) = {shape}, expected {cache.video_shape}, that of this rollout")
 
         # Lists that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
         past = None if cache is None else cache.history

@@ -78,7 +78,7 @@ class Tiling:
 def check_tiles(tile_size: int | None, tile_stride: int) -> None:
     """Raise ValueError unless the stride is within the tile; without a tile size anything will do."""
     if tile_size is not None and not 0 < tile_stride <= tile_size:
-        raise ValueError(f"tile_stride: expected 1 to tile_size = {tile_size}, got {tile_stride}")
+        raise ValueError(f"tile_stride: got {tile_stride}, expected 1 to tile_size = {tile_size}")
 
 
 def latent_tiles(tile_size: int, tile_stride: int, ratio: int) -> tuple[int, int]:
@@ -89,7 +89,7 @@ def latent_tiles(tile_size: int, tile_stride: int, ratio: int) -> tuple[int, int
     """
     for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride)):
         if value % ratio:
-            raise ValueError(f"{name}: expected a multiple of {ratio} pixels, got {value}")
+            raise ValueError(f"{name}: got {value}, expected a multiple of {ratio} pixels")
     return tile_size // ratio, tile_stride // ratio
 
 

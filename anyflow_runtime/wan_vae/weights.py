@@ -19,7 +19,7 @@ def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtyp
     """
     if (vae is None) == (path is None):
         given = "neither" if vae is None else "both"
-        raise ValueError(f"vae, path: expected exactly one of config.path and setup(vae=...), got {given}")
+        raise ValueError(f"vae, path: got {given}, expected exactly one of config.path and setup(vae=...)")
     try:
         from diffusers import AutoencoderKLWan
     except ImportError as error:
@@ -29,7 +29,7 @@ def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtyp
     if vae is None:
         return AutoencoderKLWan.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype).eval()
     if not isinstance(vae, AutoencoderKLWan):
-        raise TypeError(f"vae: expected a diffusers AutoencoderKLWan, got {type(vae).__name__}")
+        raise TypeError(f"vae: got {type(vae).__name__}, expected a diffusers AutoencoderKLWan")
     return vae
 
 
@@ -55,8 +55,8 @@ def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     std = torch.tensor(vae.config.latents_std, dtype=torch.float64, device=device)
     if mean.shape != (vae.config.z_dim,) or std.shape != mean.shape:
         raise ValueError(
-            f"vae: latents_mean and latents_std need z_dim = {vae.config.z_dim} values, "
-            f"got {mean.numel()} and {std.numel()}"
+            f"vae: got {mean.numel()} values of latents_mean and {std.numel()} of latents_std, expected z_dim = "
+            f"{vae.config.z_dim}"
         )
     return mean, std
 
