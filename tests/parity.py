@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 
-FP32_TOLERANCE = 2e-5  # the bound on every path
+FP32_TOLERANCE = 2e-5  # bound on every path: some 170 epsilons of fp32
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:

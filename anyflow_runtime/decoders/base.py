@@ -1,7 +1,6 @@
 """Contracts of the decoders, which turn the clean latents of a chunk into frames.
 
 Latents are `(..., T, C, h, w)`, video is `(..., T, C, H, W)` in [-1, 1].
-Source: the Decoder chapter of the streaming documents.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class StreamingDecoder(ABC, nn.Module, Generic[StreamingDecoderCacheT]):
 class StreamingVideoDecoder(StreamingDecoder[StreamingDecoderCacheT]):
     """Streaming decoder from latent video to pixel video.
 
-    The size maps are those of a causal codec (`encoders.causal_time`); override them for another one.
+    The size maps are those of a causal codec (`causal_time`); override them for another one.
     """
 
     @property

@@ -1,7 +1,6 @@
 """Contracts of the encoders: one-shot ones for contexts, streaming ones for the input of every chunk.
 
 Video tensors are `(..., T, C, H, W)`; so are latents, `(..., T, C, h, w)`.
-Source: the Encoder chapter of the streaming documents.
 """
 
 from __future__ import annotations

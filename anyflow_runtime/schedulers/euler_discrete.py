@@ -1,7 +1,7 @@
 """First-order Euler steps on the shifted Wan grid, or on a fixed list of timesteps.
 
 `x += (sigma_next - sigma) * v`; grid `linspace(1 - 1/N, 0, n + 1)[:-1]` shifted, then 0.
-Source: the streaming documents; the grid is the default of diffusers' FlowMatchEulerDiscreteScheduler.
+Source: the grid is the default of diffusers' FlowMatchEulerDiscreteScheduler.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class EulerDiscreteSchedulerConfig(SchedulerConfig):
 
 
 class EulerDiscreteScheduler(Scheduler):
-    """Explicit Euler sampler.  Tables, terminal entry included: `timesteps` and `sigmas` `(steps + 1,)` float32."""
+    """Explicit Euler sampler. Tables, terminal entry included: `timesteps` and `sigmas` `(steps + 1,)` float32."""
 
     timesteps: Tensor
     sigmas: Tensor
@@ -82,9 +82,9 @@ class EulerDiscreteScheduler(Scheduler):
         self._register_table("sigmas", sigmas)
 
     def sample(self, initial_noise: Tensor, predict_flow: FlowPredictor, rng: torch.Generator | None = None) -> Tensor:
-        """Run the Euler loop; see `Scheduler.sample`.  `rng` is not used.
+        """Run the Euler loop; see `Scheduler.sample`. `rng` is not used.
 
-        The predictor gets t, and r = the next timestep if it takes one, rounded to the dtype of the noise.  The
+        The predictor gets t, and r = the next timestep if it takes one, rounded to the dtype of the noise. The
         state is rounded to that dtype after every step, the arithmetic of a step is float32.
         """
         dtype = solver_dtype(initial_noise, "initial_noise")

@@ -1,7 +1,8 @@
 """Few-step flow matching with renoising, as the self-forcing Wan checkpoints are sampled.
 
 Every step estimates the clean latent, `c = x - sigma * v`, and all but the last noise it again to the next sigma.
-Source: the streaming documents' FlowMatchScheduler.  Table: `shift(linspace(sigma_max, sigma_min, N + 1)[:-1])`.
+Table: `shift(linspace(sigma_max, sigma_min, N + 1)[:-1])`.
+Source: Self-Forcing (arXiv 2506.08009), `FlowMatchScheduler` of guandeh17/Self-Forcing utils/scheduler.py.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class FlowMatchScheduler(Scheduler):
         """Run the renoising loop; see `Scheduler.sample`.
 
         The predictor gets t rounded to the dtype of the noise and, if it takes one, r = 0: the flow is used to reach
-        the clean latent.  Between steps one eps of the shape and dtype of the noise is drawn, `steps - 1` in all.
+        the clean latent. Between steps one eps of the shape and dtype of the noise is drawn, `steps - 1` in all.
         """
         dtype = solver_dtype(initial_noise, "initial_noise")
         flow = flow_function(predict_flow, wants_r=False)
