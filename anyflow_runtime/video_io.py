@@ -1,6 +1,6 @@
 """Pictures and videos in and out: `read_image`, `read_video`, and `VideoWriter`, which writes while frames arrive.
 
-Frames are RGB, `(C, H, W)` or `(T, C, H, W)`; floats in [0, 1] unless stated.  PyAV and Pillow are imported on first
+Frames are RGB, `(C, H, W)` or `(T, C, H, W)`; floats in [0, 1] unless stated. PyAV and Pillow are imported on first
 use (`pip install 'anyflow-kernels[video]'`).
 """
 
@@ -166,9 +166,9 @@ class VideoWriter:
     """Writes frames to a file as they come.
 
     The suffix of `path` chooses the format: `.mp4` (H.264; every second of video is playable as soon as it is
-    written), `.gif`, or `.png` for a contact sheet of up to 64 evenly spaced frames.  Frames go to
+    written), `.gif`, or `.png` for a contact sheet of up to 64 evenly spaced frames. Frames go to
     `<name>.partial.<suffix>` beside it, which takes the final name when the writer closes, so a file under the final
-    name is always whole.  Leaving a `with` block closes it, by an exception or Ctrl-C too: what was written is kept.
+    name is always whole. Leaving a `with` block closes it, by an exception or Ctrl-C too: what was written is kept.
 
     Args:
         path: of the file; its directory must exist, an old file is replaced.

@@ -1,6 +1,8 @@
-"""When a step is captured and what a replay may depend on. A recorder stands in for CUDA: it re-runs the step on the
-captured buffers, so a replay that misses a changed prompt, slab or input gives a wrong result here as it would
-there."""
+"""When a step is captured and what a replay may depend on.
+
+A recorder stands in for CUDA: it re-runs the step on the captured buffers, so a replay that misses a changed prompt,
+slab or input gives a wrong result here as it would there.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """UMT5 text encoder of the Wan and AnyFlow models.
 
 The embedding is what diffusers' Wan pipelines make: prompt cleaned, padded to a fixed length, rows past the prompt set
-to zero.  The network itself only runs on the longest prompt's tokens: padding is masked out of its attention, so the
+to zero. The network itself only runs on the longest prompt's tokens: padding is masked out of its attention, so the
 rows that count do not depend on it, and the rest is zero whatever it computes.
 Source: diffusers/pipelines/wan/pipeline_wan.py (`_get_t5_prompt_embeds`).
 """
@@ -28,11 +28,10 @@ class UMT5TextEncoderConfig(EncoderConfig):
     """Config of `UMT5TextEncoder`.
 
     Args:
-        path: diffusers directory or hub id to load from; None if the parts are given to
-            `setup(text_encoder=..., tokenizer=...)`.
+        path: diffusers directory or hub id to load from; None if `setup` is given `text_encoder` and `tokenizer`.
         subfolder: of `path`, where the text encoder lies.
         tokenizer_subfolder: of `path`, where the tokenizer lies.
-        max_length: rows of every embedding; longer prompts are cut.  AnyFlow is trained with 512.
+        max_length: rows of every embedding; longer prompts are cut. AnyFlow is trained with 512.
         dtype: of weights and embedding; None keeps that of the text encoder.
     Raises:
         ValueError: at construction, for a length below one.

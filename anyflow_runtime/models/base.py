@@ -89,9 +89,7 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         self.ops = load_ops(backend)
 
     def fuse_projections(self) -> None:
-        """Give each block's q, k and v one storage, so that they are one GEMM. Parameters stay what and where they
-        are.
-        """
+        """Give each block's q, k and v one storage, so that they are one GEMM; parameters keep names and shapes."""
         for block in self.blocks:
             block.fuse_projections()
 

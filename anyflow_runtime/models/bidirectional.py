@@ -1,7 +1,7 @@
 """The bidirectional AnyFlow model: every frame at full resolution, every token sees every token.
 
-Source: AnyFlow (arXiv 2605.13724) on the Wan2.1 backbone; constructor, parameters and forward of diffusers'
-`AnyFlowTransformer3DModel`.
+Source: AnyFlow (arXiv 2605.13724) on the Wan2.1 backbone; constructor, parameters and forward of
+`AnyFlowTransformer3DModel` in diffusers' src/diffusers/models/transformers/transformer_anyflow.py.
 """
 
 from __future__ import annotations

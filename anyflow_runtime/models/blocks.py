@@ -57,9 +57,7 @@ class BlockInputs:
 
 
 class AnyFlowTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, feed-forward, each behind a per-frame modulated or affine
-    LayerNorm.
-    """
+    """Self-attention, cross-attention to the prompt, feed-forward, each behind a modulated or affine LayerNorm."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
         super().__init__()

@@ -76,8 +76,7 @@ class FarCache:
         num_layers, num_heads, head_dim: of the model.
         batch_size: rows, classifier-free guidance counted (two per video).
         device, dtype: of the slabs.
-        immutable: take new slabs at every prefill instead of overwriting, for training: what a backward pass saved
-            stays.
+        immutable: take new slabs at every prefill, for training: what a backward pass saved stays.
         parallel: the processes that share the tokens of the model; the slabs then hold this one's part.
         model: whose finished rollouts leave slabs and captured steps to this one, and this one to later ones; None:
             the memory is this rollout's own.
@@ -194,9 +193,7 @@ class FarCache:
         )
 
     def prompt(self, embedder: Any, text: Tensor, image: Tensor | None) -> PromptKeys:
-        """The keys and values of a prompt, kept for the latest two (a prefill may run under another prompt than the
-        steps).
-        """
+        """The keys of a prompt, kept for the latest two: a prefill may run under another prompt than the steps."""
         for prompt in self._prompts:
             if prompt.matches(text, image):
                 return prompt
@@ -232,9 +229,7 @@ class FarCache:
         return self.slabs
 
     def begin_write(self, layout: FarLayout) -> Slabs:
-        """Slabs whose context will be overwritten from the layout's first query on: it counts as lost until
-        `end_write`.
-        """
+        """Slabs to overwrite from the layout's first query on; their context counts as lost until `end_write`."""
         self.context = None
         if self.immutable:
             context, tokens = self._tokens(layout)

@@ -1,7 +1,7 @@
 """Conditions of the model: source and target time per frame, text and image tokens.
 
-Source: AnyFlow (arXiv 2605.13724), the gated dual-timestep embedding; parameter names of diffusers'
-`AnyFlowDualTimestepTextImageEmbedding`.
+Source: AnyFlow (arXiv 2605.13724), the gated dual-timestep embedding; parameter names of
+`AnyFlowDualTimestepTextImageEmbedding` in diffusers' src/diffusers/models/transformers/transformer_anyflow.py.
 """
 
 from __future__ import annotations

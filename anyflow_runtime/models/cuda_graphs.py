@@ -2,8 +2,7 @@
 
 The graphs live beside the memory they read (`workspaces`). A step of one key runs eagerly the first time (kernels
 compile, libraries take their workspaces), is captured the second time and replayed from then on, in later rollouts
-too; a failed capture leaves nothing behind. Inputs are copied into buffers that the graph reads, the result is copied
-out.
+too; a failed capture leaves nothing behind. Inputs are copied into buffers of the graph, the result is copied out.
 """
 
 from __future__ import annotations

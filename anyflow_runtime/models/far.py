@@ -1,7 +1,7 @@
 """The causal AnyFlow model (FAR): video chunk by chunk, older chunks as compressed context.
 
 Source: FAR (arXiv 2503.19325) and AnyFlow (arXiv 2605.13724) on the Wan2.1 backbone; constructor, parameters and
-forward of diffusers' `AnyFlowFARTransformer3DModel`.
+forward of diffusers' src/diffusers/models/transformers/transformer_anyflow_far.py, here called the reference.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         """Average velocity from `timestep` down to `r_timestep`, by one of three paths.
 
         Without a cache: training. All chunks come in; the oldest are compressed context, the last `full_chunk_limit`
-            give
-        the result. With one and `kv_cache_flag["is_cache_step"]`: the chunks are finished and become context. With one
-        otherwise: `hidden_states` is the newest chunk and sees the cache.
+        give the result. With one and `kv_cache_flag["is_cache_step"]`: the chunks are finished and become context.
+        With one otherwise: `hidden_states` is the newest chunk and sees the cache.
 
         Args:
             hidden_states: (B, F, C, H, W) latents.
@@ -164,13 +163,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             kv_cache: a `FarCache`, or the reference's dicts; see `adopt_reference_cache`. A cache step on dicts is
                 lazy: the work is done when the next chunk needs it, so given context is encoded in one pass.
             kv_cache_flag: the reference's flags; with a `FarCache` None means a query.
-            attention_mask, attention_kwargs: accepted for the reference's signature; the mask follows from the
-                partition.
+            attention_mask, attention_kwargs: for the reference's signature; the mask follows from the partition.
             return_dict: an output object instead of a tuple.
 
         Returns:
-            The velocity of the full noisy frames; with a cache also the cache, and None as the velocity of a cache
-            step.
+            The velocity of the full noisy frames, None after a cache step; with a cache also the cache.
 
         Raises:
             ValueError: on shapes that do not fit, or chunks that do not continue the cache.

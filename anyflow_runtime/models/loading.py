@@ -52,8 +52,7 @@ class CheckpointMixin(nn.Module):
         device: torch.device | str | None = None,
         **overrides: Any,
     ) -> Model:
-        """A model from a directory, each weight read straight to its device and dtype; there is no second copy in
-        memory.
+        """A model from a directory, each weight read straight to its device and dtype, without a second copy.
 
         Args:
             path: a local model or pipeline directory.
@@ -121,9 +120,7 @@ class CheckpointMixin(nn.Module):
 
 
 def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """The weights in order, split where a shard would grow beyond max_bytes; fused views become tensors of their
-    own.
-    """
+    """The weights in order, split where a shard would grow beyond max_bytes; fused views become own tensors."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in state.items():

@@ -1,8 +1,7 @@
 """Parameters used directly, without calling their module: several linears as one GEMM, norm weights inside a kernel.
 
 The fused tensor owns the memory and the original parameters are views of it: names, state dicts, optimisers and LoRA
-    see
-ordinary `nn.Linear`s, and there is no second copy.
+see ordinary `nn.Linear`s, and there is no second copy.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Parameters of these modules are in place: accelerate's offload hooks only bring them when the module is
-    called.
-    """
+    """Have the parameters of these modules in place, which accelerate's offload hooks bring when one is called."""
     hooked: list[Any] = [module for module in modules if hasattr(module, "_hf_hook")]
     for module in hooked:
         module._hf_hook.pre_forward(module)
@@ -50,9 +47,7 @@ def onloaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def fuse_storage(linears: Sequence[nn.Module]) -> None:
-    """Move the weights and biases of plain linears of one input size into one storage, in order; others are left
-    alone.
-    """
+    """Move weights and biases of plain linears of one input size into one storage, in order; leave others alone."""
     if not all(is_plain(linear) and not linear.weight.is_meta for linear in linears) or fused_weight(linears):
         return
     with torch.no_grad():

@@ -1,9 +1,8 @@
 """Rotary position tables of video tokens, full and compressed.
 
 Head dimension d is split over the axes: height and width take 2*(d//6) channels each, time the rest. Angles are
-    computed in
-float64 and stored as fp32 cosines and sines, one row per token.
-Source: Wan2.1 and FAR; diffusers' `AnyFlowCausalRotaryPosEmbed`.
+computed in float64 and stored as fp32 cosines and sines, one row per token.
+Source: FAR (arXiv 2503.19325) on Wan2.1's axes; `AnyFlowCausalRotaryPosEmbed` of diffusers' transformer_anyflow_far.py.
 """
 
 from __future__ import annotations
@@ -70,9 +69,7 @@ class RotaryTables:
 
 
 def _axis(dim: int, start: int, count: int, window: int) -> Tensor:
-    """(count, dim/2) unit complex numbers; with a window, the renormalised mean over that many full-resolution
-    positions.
-    """
+    """(count, dim/2) unit complex numbers; with a window, the renormalised mean over that many full positions."""
     frequencies = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     positions = torch.arange(start * window, (start + count) * window, dtype=torch.float64)
     phases = torch.polar(torch.ones(()).double(), positions[:, None] * frequencies)

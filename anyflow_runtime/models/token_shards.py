@@ -133,8 +133,7 @@ class HeldKeys:
 
 @dataclass(frozen=True)
 class Piece:
-    """Attention of consecutive queries of one process to what they see of the keys of another: `plan`, from query
-    `start` on."""
+    """Attention, by `plan` and from query `start` on, of one process to what it sees of the keys of another."""
 
     start: int
     plan: AttentionPlan

@@ -30,8 +30,7 @@ class Workspace:
         slabs: keys and values (B, T, H, d) of every block.
         graphs: captured denoising steps.
         prompt: what they read of the prompt; None before the first.
-        made_for: what of the model and the shape has to be the same for another rollout to take it; None: nothing
-            will.
+        made_for: what of model and shape must be the same for another rollout to take it; None if none may.
     """
 
     slabs: Slabs = field(default_factory=list)

@@ -35,7 +35,7 @@ class ScheduleError(ValueError, AssertionError):
 class FlowPredictor(Protocol):
     """The network as a scheduler sees it: `(noisy_latent, timestep) -> flow`, or `(noisy_latent, timestep, r)`.
 
-    `timestep` and `r` are 0-d tensors on the device of the latent.  A third parameter that is required, or that is
+    `timestep` and `r` are 0-d tensors on the device of the latent. A third parameter that is required, or that is
     named `r` or `r_timestep`, receives the timestep the flow is used to reach.
     """
 
@@ -146,7 +146,7 @@ def noised(clean: Tensor, sigma: Tensor, rng: torch.Generator | None) -> Tensor:
 
 
 def solver_dtype(x: Tensor, name: str) -> torch.dtype:
-    """float32, or float64 for float64 input.  Raises TypeError unless `x` is real floating point."""
+    """float32, or float64 for float64 input. Raises TypeError unless `x` is real floating point."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")

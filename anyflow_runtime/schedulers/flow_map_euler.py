@@ -1,6 +1,6 @@
 """`FlowMapEulerDiscreteScheduler`, interchangeable with the diffusers class of that name.
 
-Source: behaviour of diffusers 0.42 `FlowMapEulerDiscreteScheduler` (AnyFlow, arXiv 2605.13724).  Sigmas are
+Source: behaviour of diffusers 0.42 `FlowMapEulerDiscreteScheduler` (AnyFlow, arXiv 2605.13724). Sigmas are
 `shift(linspace(1, 0, n + 1)[:-1])` in float64 with a 0 appended, timesteps `N * sigma`, and a step is
 `x_r = x_t - (sigma_t - sigma_r) * u`, computed in float64 and rounded to the dtype of u.
 
@@ -125,7 +125,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
             num_inference_steps: n; may be left out where one of the lists gives it.
             device: where the two tensors go.
             sigmas: n custom sigmas, before the shift; the final 0 is appended.
-            timesteps: the same as N * sigma.  Not used where sigmas are given as well.
+            timesteps: the same as N * sigma. Not used where sigmas are given as well.
         Raises:
             ValueError: if lengths disagree or nothing gives n, or n < 1.
         """

@@ -76,8 +76,8 @@ class FlowMapEulerSchedulerConfig(SchedulerConfig):
 class FlowMapEulerScheduler(Scheduler):
     """Any-step flow-map sampler.
 
-    Tables, terminal 0 included: `timesteps` and `sigmas` `(steps + 1,)` float32.  Step lengths are differences of
-    float64 sigmas.  The network gets t and r as float32 whatever the dtype of the latent.
+    Tables, terminal 0 included: `timesteps` and `sigmas` `(steps + 1,)` float32. Step lengths are differences of
+    float64 sigmas. The network gets t and r as float32 whatever the dtype of the latent.
     """
 
     timesteps: Tensor
@@ -98,7 +98,7 @@ class FlowMapEulerScheduler(Scheduler):
         self._register_table("sigmas", sigmas.astype(np.float32))
 
     def sample(self, initial_noise: Tensor, predict_flow: FlowPredictor, rng: torch.Generator | None = None) -> Tensor:
-        """Run the schedule; see `Scheduler.sample`.  `rng` is not used.
+        """Run the schedule; see `Scheduler.sample`. `rng` is not used.
 
         Steps of length zero (custom schedules with repeated values) are skipped without calling the network.
         """

@@ -1,7 +1,7 @@
 """UniPC predictor-corrector (B_h(h) = expm1(-h), the "bh2" variant) for flow matching, predicting the clean latent.
 
 Source: Zhao et al., UniPC, arXiv 2302.04867, with lambda = ln((1 - sigma) / sigma) and B = expm1(-h); the grid and the
-lower-order first and last steps are those of the Wan 2.1 inference code.  With order 2 the steps are, h the interval,
+lower-order first and last steps are those of the Wan 2.1 inference code. With order 2 the steps are, h the interval,
 
     predictor  x' = (s' / s) x - (1 - s') B [ m_i + (m_{i-1} - m_i) / 2r ]
     corrector  x  = (s_i / s_{i-1}) x_{i-1}
@@ -92,10 +92,10 @@ class FlowMatchUniPCScheduler(Scheduler):
         self._register_table("corrector", corrector.astype(np.float32))
 
     def sample(self, initial_noise: Tensor, predict_flow: FlowPredictor, rng: torch.Generator | None = None) -> Tensor:
-        """Run the predictor-corrector loop; see `Scheduler.sample`.  `rng` is not used.
+        """Run the predictor-corrector loop; see `Scheduler.sample`. `rng` is not used.
 
         The predictor gets t, and r = t if it takes one (the solver needs the instantaneous flow), in the dtype of the
-        noise.  Solver arithmetic is float32 for every dtype; the state is rounded to the dtype of the noise after
+        noise. Solver arithmetic is float32 for every dtype; the state is rounded to the dtype of the noise after
         every corrector and predictor.
         """
         solver_dtype(initial_noise, "initial_noise")

@@ -26,15 +26,15 @@ class WanVAEStreamDecoderConfig(DecoderConfig):
     Args:
         path: diffusers directory or hub id to load from; None if the VAE is given to `setup(vae=...)`.
         subfolder: of `path`, where the VAE lies.
-        dtype: of weights and video; None keeps that of the VAE.  The layers' norms are fp32 inside in any case.
-        latent_frames_per_pass: longer chunks are decoded in several passes.  One latent frame at a time takes the
+        dtype: of weights and video; None keeps that of the VAE. The layers' norms are fp32 inside in any case.
+        latent_frames_per_pass: longer chunks are decoded in several passes. One latent frame at a time takes the
             least memory, has the same shapes whatever the chunk, and was the fastest on a CPU (`bench/vae_decode.py`);
             more fill a large GPU better at small sizes.
         tile_size: side in pixels of the spatial tiles larger frames are decoded in; None decodes them whole.
             Tiles save memory and change the picture slightly, as the attention sees one tile at a time.
         tile_stride: distance in pixels between tiles; what overlaps is blended.
         compile_mode: "default" or "max-autotune-no-cudagraphs" runs a pass through torch.compile, once for the
-            first frame and once for each number of frames in a pass.  A pass launches some 150 kernels for tens of
+            first frame and once for each number of frames in a pass. A pass launches some 150 kernels for tens of
             milliseconds of work at 480p, so capturing it as a CUDA graph is not offered.
     Raises:
         ValueError: at construction, for a count below one, a stride beyond the tile or an unknown mode.
@@ -80,12 +80,12 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
     """Normalised latents in, video out, a chunk at a time.
 
     Chunked output equals decoding everything at once for every split into chunks, single latent frames anywhere
-    included; rollouts with a cache each may interleave.  Inference only: no gradients.
+    included; rollouts with a cache each may interleave. Inference only: no gradients.
 
     Args:
         config: a `WanVAEStreamDecoderConfig`.
-        vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`.  It
-            keeps working; its convolution weights take the channels_last layout.  Weights loaded into it later do not
+        vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`. It
+            keeps working; its convolution weights take the channels_last layout. Weights loaded into it later do not
             reach this decoder completely.
     Raises:
         ValueError: if not exactly one of `vae` and `config.path` is given, or tiles do not fit the latent grid.
@@ -138,10 +138,9 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         """Decode one chunk.
 
         Args:
-            input: (..., T, C, h, w) normalised latents, (z - mean) / std; any floating-point dtype, on the device of
-                the weights.
+            input: (..., T, C, h, w) normalised latents, (z - mean) / std, in any floating-point dtype.
             autoregressive_index: of the chunk; 0 begins a video.
-            cache: of this rollout, advanced once the chunk is decoded and untouched if anything raises.  None decodes
+            cache: of this rollout, advanced once the chunk is decoded and untouched if anything raises. None decodes
                 the chunk alone; with an index above 0 its history is taken to be zero.
         Returns:
             (..., T', 3, H, W) in [-1, 1], in the dtype of the weights; T' of `get_output_temporal_size`.

@@ -1,4 +1,4 @@
-"""The decoder half of the Wan VAE as functions over `CausalPass` (see `encoders.wan_blocks`)."""
+"""The decoder half of the Wan VAE as functions over `CausalPass` (see `layers`)."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def decode_frames(
         past: history left by the previous pass of this video, emptied on the way; None for zeros.
         first: whether `x` begins with the first frame of the video.
     Returns:
-        (B, C', T', H', W') frames, before unpatchify and clamp, and the history for the next pass.  T' is
+        (B, C', T', H', W') frames, before unpatchify and clamp, and the history for the next pass. T' is
         1 + (T - 1) * r for the first pass and T * r for the others.
     """
     history = CausalPass(past, first)

@@ -66,11 +66,11 @@ class WanVAEEncoderCache(StreamingEncoderCache):
 class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
     """Video in, normalised latents out: the posterior mean as (mu - mean) / std, which is not sampled.
 
-    Chunked output equals encoding the whole clip at once.  Inference only: no gradients.
+    Chunked output equals encoding the whole clip at once. Inference only: no gradients.
 
     Args:
         config: a `WanVAEEncoderConfig`.
-        vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`.  It
+        vae: a diffusers `AutoencoderKLWan` (Wan 2.1 or 2.2) to share weights with, instead of `config.path`. It
             keeps working; its convolution weights take the channels_last layout.
     Raises:
         ValueError: if not exactly one of `vae` and `config.path` is given, or tiles do not fit the latent grid.
@@ -123,7 +123,7 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
             input: (..., T, 3, H, W) video in the range of `config.pixel_range`, H and W multiples of
                 `spatial_compression_ratio`, T as `get_input_temporal_size` says.
             autoregressive_index: of the chunk; 0 begins a video.
-            cache: of this rollout, advanced once the chunk is encoded and untouched if anything raises.  None encodes
+            cache: of this rollout, advanced once the chunk is encoded and untouched if anything raises. None encodes
                 the chunk alone; with an index above 0 its history is taken to be zero.
         Returns:
             (..., t, C, h, w) normalised latents, in the dtype of the weights.

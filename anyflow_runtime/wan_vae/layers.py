@@ -1,9 +1,9 @@
 """The layers of the Wan video VAE as functions of (frames, past) -> (frames, next past).
 
-diffusers' `AutoencoderKLWan` keeps its causal history in lists on the module, frame by frame.  Here the history is an
+diffusers' `AutoencoderKLWan` keeps its causal history in lists on the module, frame by frame. Here the history is an
 argument: a `CausalPass` hands every convolution the frames before the chunk and collects those the next chunk needs,
 so nothing is left on the module, rollouts may interleave, a pass that fails changes nothing, and a pass may hold any
-number of frames, one included.  The parameters are diffusers' own.
+number of frames, one included. The parameters are diffusers' own.
 
 Activations are `(B, C, T, H, W)` in channels_last_3d: a frame is one dense block, so history is copied by memcpy,
 normalisation runs over neighbours in memory, and the 2-D layers see a free view.
@@ -26,7 +26,7 @@ class CausalPass:
     """The history of one pass over the convolutions, in calling order.
 
     Args:
-        past: what the previous pass left in `next`, None for a history of zeros.  The list is emptied on the way, so
+        past: what the previous pass left in `next`, None for a history of zeros. The list is emptied on the way, so
             that what nobody else holds is freed as it is replaced.
         first: whether this pass holds the first frame of the video.
     """
