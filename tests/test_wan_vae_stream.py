@@ -205,7 +205,7 @@ def test_bad_latents_are_named(decoder, bad, kind):
 def test_a_chunk_of_another_size_is_refused(decoder):
     cache = decoder.initialize_autoregressive_cache()
     decoder(latents(1), 0, cache)
-    with pytest.raises(ValueError, match=r"got \(B, C, h, w\) = \(1, 4, 2, 3\), expected \(2, 4, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"got \(B, C, height, width\) = \(1, 4, 2, 3\), expected \(2, 4, 2, 3\)"):
         decoder(latents(1, batch=1), 1, cache)
 
 
@@ -341,7 +341,7 @@ def test_encoder_rejects_wrong_order_and_size(encoder):
     with pytest.raises(ValueError, match="got 1, expected 0"):
         encoder(pixels(encoder, 4), 1, cache)
     encoder(pixels(encoder, 1), 0, cache)
-    with pytest.raises(ValueError, match=r"input: got \(B, H, W\)"):
+    with pytest.raises(ValueError, match=r"input: got \(B, C, height, width\)"):
         encoder(pixels(encoder, 4, batch=1), 1, cache)
 
 

@@ -87,7 +87,7 @@ def test_a_chunk_that_fails_in_a_later_tile_leaves_the_cache_usable(monkeypatch)
     vae = make_vae("wan21")
     encoder = WanVAEEncoderConfig(tile_size=32, tile_stride=24).setup(vae=vae)
     video = torch.rand(1, 9, 3, 40, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    cache, calls, real = encoder.initialize_autoregressive_cache(), [], encoder._encode_pass
+    cache, calls, real = encoder.initialize_autoregressive_cache(), [], encoder._pass
 
     def fails_at_third_tile(*args):
         calls.append(None)
@@ -96,7 +96,7 @@ def test_a_chunk_that_fails_in_a_later_tile_leaves_the_cache_usable(monkeypatch)
         return real(*args)
 
     first = encoder(video[:, :5], 0, cache)
-    monkeypatch.setattr(encoder, "_encode_pass", fails_at_third_tile)
+    monkeypatch.setattr(encoder, "_pass", fails_at_third_tile)
     with pytest.raises(torch.OutOfMemoryError):
         encoder(video[:, 5:], 1, cache)
     monkeypatch.undo()

@@ -9,74 +9,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..causal_time import StreamOrderError
 from ..decoders.base import DecoderConfig, StreamingDecoderCache, StreamingVideoDecoder
 from ..encoders.base import check_frames
 from .decoder_layers import decode_frames, upsample_convs
-from .tiles import History, Tiling, check_tiles, latent_tiles
-from .weights import latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
+from .stream import WanVAECache, WanVAEConfig, WanVAEHalf
+from .tiles import History, latent_tiling
+from .weights import latent_statistics, owned_half, wan_vae
 
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanVAEStreamDecoderConfig(DecoderConfig):
+class WanVAEStreamDecoderConfig(WanVAEConfig, DecoderConfig):
     """Config of `WanVAEStreamDecoder`.
 
     Args:
-        path: diffusers directory or hub id to load from; None if the VAE is given to `setup(vae=...)`.
-        subfolder: of `path`, where the VAE lies.
-        dtype: of weights and video; None keeps that of the VAE. The layers' norms are fp32 inside in any case.
-        latent_frames_per_pass: longer chunks are decoded in several passes. One latent frame at a time takes the
-            least memory, has the same shapes whatever the chunk, and was the fastest on a CPU (`bench/vae_decode.py`);
-            more fill a large GPU better at small sizes.
-        tile_size: side in pixels of the spatial tiles larger frames are decoded in; None decodes them whole.
-            Tiles save memory and change the picture slightly, as the attention sees one tile at a time.
-        tile_stride: distance in pixels between tiles; what overlaps is blended.
         compile_mode: "default" or "max-autotune-no-cudagraphs" runs a pass through torch.compile, once for the
             first frame and once for each number of frames in a pass. A pass launches some 150 kernels for tens of
             milliseconds of work at 480p, so capturing it as a CUDA graph is not offered.
+        Others: as `WanVAEConfig`.
     Raises:
-        ValueError: at construction, for a count below one, a stride beyond the tile or an unknown mode.
+        ValueError: at construction, for an unknown mode.
     """
 
     _target: type[WanVAEStreamDecoder] = field(default_factory=lambda: WanVAEStreamDecoder)
-    path: str | None = None
-    subfolder: str | None = "vae"
-    dtype: torch.dtype | None = None
-    latent_frames_per_pass: int = 1
-    tile_size: int | None = None
-    tile_stride: int = 192
     compile_mode: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latent_frames_per_pass < 1:
-            raise ValueError(f"latent_frames_per_pass: got {self.latent_frames_per_pass}, expected at least 1")
-        check_tiles(self.tile_size, self.tile_stride)
         if self.compile_mode is not None and self.compile_mode not in COMPILE_MODES:
             raise ValueError(f"compile_mode: got {self.compile_mode!r}, expected None or one of {COMPILE_MODES}")
 
 
 @dataclass
-class WanVAEStreamDecoderCache(StreamingDecoderCache):
-    """The causal history of one rollout: two frames before every convolution, whatever the length of the video.
-
-    The decoder replaces `history` as a whole once a chunk is decoded, and never writes into its tensors; a copy of
-    this object (`copy.copy`) is therefore a branch of the rollout.
-    """
-
-    history: tuple[tuple[Tensor, ...], ...] | None = None  # one per tile
-    latent_shape: tuple[int, ...] | None = None  # (B, C, h, w) of every chunk of this rollout
-    autoregressive_index: int = -1  # of the last chunk decoded
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the history."""
-        return sum(tensor.nbytes for tile in self.history or () for tensor in tile)
+class WanVAEStreamDecoderCache(WanVAECache, StreamingDecoderCache):
+    """See `WanVAECache`."""
 
 
-class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
+class WanVAEStreamDecoder(WanVAEHalf, StreamingVideoDecoder[WanVAEStreamDecoderCache]):
     """Normalised latents in, video out, a chunk at a time.
 
     Chunked output equals decoding everything at once for every split into chunks, single latent frames anywhere
@@ -95,32 +65,16 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
     def __init__(self, config: WanVAEStreamDecoderConfig, vae: Any = None) -> None:
         super().__init__(config)
         vae = wan_vae(vae, config.path, config.subfolder, config.dtype)
-        self._spatial_ratio, self._temporal_ratio = spatial_ratio(vae), temporal_ratio(vae)
-        self._patch = vae.config.patch_size or 1
+        self._measure(vae)
         self._latent_channels = vae.config.z_dim
         self._channels = vae.config.out_channels // self._patch**2
-        self._tiles = self._tiling()
+        self._tiles = latent_tiling(config.tile_size, config.tile_stride, self._spatial_ratio, self._patch)
         self.decoder: Any = owned_half(vae.decoder, config.dtype)
         self.upsample_convs = upsample_convs(self.decoder)
         self.input_weight, self.input_bias = _folded_input(vae)
         self._pass = self._decode_pass
         if config.compile_mode is not None:
             self._pass = torch.compile(self._decode_pass, mode=config.compile_mode, fullgraph=True, dynamic=False)
-
-    def _tiling(self) -> Tiling | None:
-        if self.config.tile_size is None:
-            return None
-        size, stride = latent_tiles(self.config.tile_size, self.config.tile_stride, self._spatial_ratio)
-        scale = self._spatial_ratio // self._patch
-        return Tiling(size, stride, size * scale, stride * scale)
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        return self._spatial_ratio
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        return self._temporal_ratio
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,54 +104,23 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
         """
         check_frames("input", input, self._latent_channels)
         latents = input.reshape(-1, *input.shape[-4:]).transpose(1, 2)
-        self._check_order(latents, autoregressive_index, cache)
         frames = self.get_output_temporal_size(autoregressive_index, latents.shape[2])
         height, width = (side * self._spatial_ratio for side in latents.shape[-2:])
         video = torch.empty(
             (latents.shape[0], frames, self._channels, height, width), dtype=self.dtype, device=latents.device
         )
 
-        # Lists that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
-        past = cache.history if cache is not None else None
-        history = None if past is None else [list(tile) for tile in past]
-        first, end = autoregressive_index == 0, 0
-        for part in latents.split(self.config.latent_frames_per_pass, dim=2):
-            decoded, history = self._decode_tiles(part, history, first)
+        end = 0
+        parts = latents.split(self.config.latent_frames_per_pass, dim=2)
+        for decoded in self._passes(latents, parts, autoregressive_index, cache):
             start, end = end, end + decoded.shape[2]
             self._write(decoded, video[:, start:end])
-            first = False
-
-        if cache is not None:
-            cache.history = tuple(map(tuple, history or ()))
-            cache.autoregressive_index = autoregressive_index
-            cache.latent_shape = _shape_of(latents)
         return video.reshape(*input.shape[:-4], *video.shape[1:])
-
-    def _check_order(self, latents: Tensor, index: int, cache: WanVAEStreamDecoderCache | None) -> None:
-        if cache is None:
-            return
-        if index != cache.autoregressive_index + 1:
-            raise StreamOrderError(
-                f"autoregressive_index: got {index}, expected {cache.autoregressive_index + 1}, the next of this cache"
-            )
-        if cache.latent_shape is not None and cache.latent_shape != _shape_of(latents):
-            raise ValueError(
-                f"input: got (B, C, h, w) = {_shape_of(latents)}, expected {cache.latent_shape}, that of this rollout"
-            )
 
     def _decode_pass(self, latents: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:
         x = latents.to(self.input_weight.dtype).contiguous(memory_format=torch.channels_last_3d)
         x = F.conv3d(x, self.input_weight, self.input_bias).to(self.dtype)
         return decode_frames(self.decoder, self.upsample_convs, x, past, first)
-
-    def _decode_tiles(
-        self, latents: Tensor, history: list[History] | None, first: bool
-    ) -> tuple[Tensor, list[History]]:
-        """(B, C, T, h, w) latents -> frames before unpatchify, decoded whole or in blended tiles."""
-        if self._tiles is not None and not self._tiles.covers(*latents.shape[-2:]):
-            return self._tiles.run(self._pass, latents, history, first)
-        frames, past = self._pass(latents, None if history is None else history[0], first)
-        return frames, [past]
 
     def _write(self, frames: Tensor, video: Tensor) -> None:
         """Clamp (B, C * p * p, T, H, W) into (B, T, C, H * p, W * p)."""
@@ -207,10 +130,6 @@ class WanVAEStreamDecoder(StreamingVideoDecoder[WanVAEStreamDecoderCache]):
             frames = frames.unflatten(2, (-1, p, p)).permute(0, 1, 2, 5, 4, 6, 3)  # width phase outermost: (C, pw, ph)
             frames = frames.reshape(video.shape)
         torch.clamp(frames, -1.0, 1.0, out=video)
-
-
-def _shape_of(latents: Tensor) -> tuple[int, ...]:
-    return tuple(latents.shape[:2] + latents.shape[3:])
 
 
 def _folded_input(vae: Any) -> tuple[nn.Parameter, nn.Parameter]:

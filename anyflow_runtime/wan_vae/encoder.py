@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,61 +10,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..causal_time import StreamOrderError
 from ..encoders.base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder, check_frames
 from .layers import CausalPass, batch_as_frames, causal_conv, frames_as_batch, head, mid_block, residual_block
 from .layers import attention_block as attention
-from .tiles import History, Tiling, check_tiles, latent_tiles
-from .weights import latent_statistics, owned_half, spatial_ratio, temporal_ratio, wan_vae
+from .stream import WanVAECache, WanVAEConfig, WanVAEHalf
+from .tiles import History, latent_tiling
+from .weights import latent_statistics, owned_half, wan_vae
 
 PIXEL_RANGES = ("signed", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanVAEEncoderConfig(EncoderConfig):
+class WanVAEEncoderConfig(WanVAEConfig, EncoderConfig):
     """Config of `WanVAEEncoder`.
 
     Args:
-        path: diffusers directory or hub id to load from; None if the VAE is given to `setup(vae=...)`.
-        subfolder: of `path`, where the VAE lies.
-        dtype: of weights and latents; None keeps that of the VAE.
         pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1].
-        latent_frames_per_pass: longer clips are encoded in several passes, which bounds the memory.
-        tile_size: side in pixels of the spatial tiles larger frames are encoded in; None encodes them whole.
-            Tiles save memory and change the latents slightly, as the attention sees one tile at a time.
-        tile_stride: distance in pixels between tiles; what overlaps is blended.
+        Others: as `WanVAEConfig`.
     Raises:
-        ValueError: at construction, for an unknown range, a count below one or a stride beyond the tile.
+        ValueError: at construction, for an unknown range.
     """
 
     _target: type[WanVAEEncoder] = field(default_factory=lambda: WanVAEEncoder)
-    path: str | None = None
-    subfolder: str | None = "vae"
-    dtype: torch.dtype | None = None
     pixel_range: str = "signed"
-    latent_frames_per_pass: int = 1
-    tile_size: int | None = None
-    tile_stride: int = 192
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pixel_range not in PIXEL_RANGES:
             raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected one of {PIXEL_RANGES}")
-        if self.latent_frames_per_pass < 1:
-            raise ValueError(f"latent_frames_per_pass: got {self.latent_frames_per_pass}, expected at least 1")
-        check_tiles(self.tile_size, self.tile_stride)
 
 
 @dataclass
-class WanVAEEncoderCache(StreamingEncoderCache):
-    """The causal history of one rollout; replaced as a whole by every chunk, its tensors are never written into."""
-
-    history: tuple[tuple[Tensor, ...], ...] | None = None  # one per tile
-    video_shape: tuple[int, ...] | None = None  # (B, H, W) of every chunk of this rollout
-    autoregressive_index: int = -1  # of the last chunk encoded
+class WanVAEEncoderCache(WanVAECache, StreamingEncoderCache):
+    """See `WanVAECache`."""
 
 
-class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
+class WanVAEEncoder(WanVAEHalf, StreamingVideoEncoder[WanVAEEncoderCache]):
     """Video in, normalised latents out: the posterior mean as (mu - mean) / std, which is not sampled.
 
     Chunked output equals encoding the whole clip at once. Inference only: no gradients.
@@ -80,27 +62,12 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
     def __init__(self, config: WanVAEEncoderConfig, vae: Any = None) -> None:
         super().__init__(config)
         vae = wan_vae(vae, config.path, config.subfolder, config.dtype)
-        self._spatial_ratio, self._temporal_ratio = spatial_ratio(vae), temporal_ratio(vae)
-        self._patch = vae.config.patch_size or 1
+        self._measure(vae)
         self._channels = vae.config.in_channels // self._patch**2
-        self._tiles = self._tiling()
+        tiling = latent_tiling(config.tile_size, config.tile_stride, self._spatial_ratio, self._patch)
+        self._tiles = tiling and tiling.inverse
         self.encoder: Any = owned_half(vae.encoder, config.dtype)
         self.output_weight, self.output_bias = _folded_output(vae)
-
-    def _tiling(self) -> Tiling | None:
-        if self.config.tile_size is None:
-            return None
-        size, stride = latent_tiles(self.config.tile_size, self.config.tile_stride, self._spatial_ratio)
-        scale = self._spatial_ratio // self._patch
-        return Tiling(size * scale, stride * scale, size, stride)
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        return self._spatial_ratio
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        return self._temporal_ratio
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,43 +106,22 @@ class WanVAEEncoder(StreamingVideoEncoder[WanVAEEncoderCache]):
                 f"input: got height and width {tuple(input.shape[-2:])}, expected multiples of {self._spatial_ratio}"
             )
         video = input.reshape(-1, *input.shape[-4:]).transpose(1, 2)
-        shape = (video.shape[0], *video.shape[-2:])
-        if cache is not None:
-            if autoregressive_index != cache.autoregressive_index + 1:
-                raise StreamOrderError(
-                    f"autoregressive_index: got {autoregressive_index}, expected {cache.autoregressive_index + 1}, the "
-                    "next of this cache"
-                )
-            if cache.video_shape is not None and cache.video_shape != shape:
-                raise ValueError(f"input: got (B, H, W) = {shape}, expected {cache.video_shape}, that of this rollout")
-
-        # Lists that the passes empty: only the tensors of the last chunk, in the cache, outlive their use.
-        past = None if cache is None else cache.history
-        history = None if past is None else [list(tile) for tile in past]
-        latents, start, first = [], 0, autoregressive_index == 0
-        while start < video.shape[2]:
-            end = start + self.get_input_temporal_size(0 if first else 1, self.config.latent_frames_per_pass)
-            encoded, history = self._encode_tiles(video[:, :, start:end], history, first)
-            latents.append(encoded)
-            start, first = end, False
-
-        if cache is not None:
-            cache.history = tuple(map(tuple, history or ()))
-            cache.video_shape, cache.autoregressive_index = shape, autoregressive_index
-        out = torch.cat(latents, dim=2).transpose(1, 2)
+        parts = self._parts(video, first=autoregressive_index == 0)
+        latents = torch.cat([*self._passes(video, parts, autoregressive_index, cache)], dim=2)
+        out = latents.transpose(1, 2)
         return out.reshape(*input.shape[:-4], *out.shape[1:])
 
-    def _encode_tiles(self, video: Tensor, history: list[History] | None, first: bool) -> tuple[Tensor, list[History]]:
-        """(B, C, T, H, W) video -> latents, encoded whole or in blended tiles."""
-        if self.config.pixel_range == "unit":
-            video = video * 2 - 1
-        x = _patchified(video, self._patch)
-        if self._tiles is not None and not self._tiles.covers(*x.shape[-2:]):
-            return self._tiles.run(self._encode_pass, x, history, first)
-        latents, past = self._encode_pass(x, None if history is None else history[0], first)
-        return latents, [past]
+    def _parts(self, video: Tensor, first: bool) -> Iterator[Tensor]:
+        """The frames of each pass, signed and patchified."""
+        start = 0
+        while start < video.shape[2]:
+            index = 0 if first and start == 0 else 1
+            end = start + self.get_input_temporal_size(index, self.config.latent_frames_per_pass)
+            part = video[:, :, start:end]
+            yield _patchified(part * 2 - 1 if self.config.pixel_range == "unit" else part, self._patch)
+            start = end
 
-    def _encode_pass(self, x: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:
+    def _pass(self, x: Tensor, past: History | None, first: bool) -> tuple[Tensor, History]:
         x = x.to(self.dtype, memory_format=torch.channels_last_3d)
         history = CausalPass(past, first)
         x = causal_conv(self.encoder.conv_in, x, history)

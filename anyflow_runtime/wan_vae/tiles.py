@@ -27,6 +27,11 @@ class Tiling:
     out_size: int
     out_stride: int
 
+    @property
+    def inverse(self) -> Tiling:
+        """For the network that goes the other way."""
+        return Tiling(self.out_size, self.out_stride, self.size, self.stride)
+
     def covers(self, height: int, width: int) -> bool:
         """Whether a picture of this size is a single tile."""
         return height <= self.size and width <= self.size
@@ -75,22 +80,21 @@ class Tiling:
         return out, kept
 
 
-def check_tiles(tile_size: int | None, tile_stride: int) -> None:
-    """Raise ValueError unless the stride is within the tile; without a tile size anything will do."""
-    if tile_size is not None and not 0 < tile_stride <= tile_size:
-        raise ValueError(f"tile_stride: got {tile_stride}, expected 1 to tile_size = {tile_size}")
+def latent_tiling(tile_size: int | None, tile_stride: int, ratio: int, patch: int) -> Tiling | None:
+    """Tiles of latents and of what is decoded from them, which is unpatchified later; None without a tile size.
 
-
-def latent_tiles(tile_size: int, tile_stride: int, ratio: int) -> tuple[int, int]:
-    """Tile and stride in latent pixels of those in pixels.
-
+    Args:
+        tile_size, tile_stride: in pixels.
+        ratio, patch: pixels of a latent, and of a patch, along a side.
     Raises:
         ValueError: if they do not fit the latent grid.
     """
+    if tile_size is None:
+        return None
     for name, value in (("tile_size", tile_size), ("tile_stride", tile_stride)):
         if value % ratio:
             raise ValueError(f"{name}: got {value}, expected a multiple of {ratio} pixels")
-    return tile_size // ratio, tile_stride // ratio
+    return Tiling(tile_size // ratio, tile_stride // ratio, tile_size // patch, tile_stride // patch)
 
 
 def _blend(before: Tensor, tile: Tensor, dim: int) -> None:

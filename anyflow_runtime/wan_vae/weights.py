@@ -1,4 +1,4 @@
-"""What the Wan VAE encoder and decoder share: getting the weights, their layout, and the compression ratios."""
+"""What the Wan VAE encoder and decoder share: getting the weights, and their layout."""
 
 from __future__ import annotations
 
@@ -59,13 +59,3 @@ def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
             f"{vae.config.z_dim}"
         )
     return mean, std
-
-
-def spatial_ratio(vae: Any) -> int:
-    """Pixel side / latent side."""
-    return 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
-
-
-def temporal_ratio(vae: Any) -> int:
-    """Pixel frames / latent frames in the steady state."""
-    return 2 ** sum(vae.config.temperal_downsample)
