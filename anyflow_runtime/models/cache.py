@@ -9,7 +9,6 @@ chunks again because their context changed. Measured on the reference: exact to 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from .conditioning import TimeMemo
 from .cuda_graphs import StepGraphs
 from .prompt_keys import PromptKeys
 from .token_shards import HeldKeys, TokenSharing
-from .workspaces import IdleWorkspaces, Slabs, Workspace, fingerprint
+from .workspaces import IdleWorkspaces, Slabs, Workspace
 
 
 class FarModel(Protocol):
@@ -82,6 +81,7 @@ class FarCache:
             the memory is this rollout's own.
 
     Attributes:
+        model_size: layers, heads and channels per head of the model it serves.
         context: the chunks whose keys are in the slabs, or None.
         pending: chunks that are finished but not encoded yet; the next query encodes them all in one pass.
         times: embeddings of the time pairs met so far, once per schedule.
@@ -105,22 +105,20 @@ class FarCache:
         if batch_size < 1:
             raise ValueError(f"batch_size: got {batch_size}, expected >= 1")
         self._layout = layout
-        self._model_size = (num_layers, num_heads, head_dim)
-        self._slab_shape = (batch_size, 0, parallel.heads_held(num_heads) if parallel else num_heads, head_dim)
-        self._device, self._dtype = torch.device(device), dtype
+        self.model_size = (num_layers, num_heads, head_dim)
         self.immutable, self.parallel = immutable, parallel
         self.held = HeldKeys.none(parallel.world) if parallel and parallel.mode == "ring" else None
-        self.workspace = Workspace()
         self.context: Context | None = None
         self.pending: Context | None = None
         self.times: TimeMemo = {}
         self._prompts: list[PromptKeys] = []
         partition = layout.chunk_partition
         tokens = max(self._share(self.layout("inference", partition[: i + 1])) for i in range(len(partition)))
-        if model is None or immutable or parallel or not model.captures(self._device):
-            self._grow(tokens)
+        shape = (batch_size, tokens, parallel.heads_held(num_heads) if parallel else num_heads, head_dim)
+        if model is None or immutable or parallel or not model.captures(torch.device(device)):
+            self.workspace = Workspace.allocated(num_layers, shape, dtype, device)
         else:
-            self._share_workspace(model, tokens)
+            self.workspace = model.idle_workspaces.lend(self, model.parameters(), num_layers, shape, dtype, device)
 
     @classmethod
     def for_model(
@@ -150,17 +148,12 @@ class FarCache:
 
     @property
     def batch_size(self) -> int:
-        return self._slab_shape[0]
+        return self.slabs[0][0].shape[0]
 
     @property
     def capacity(self) -> int:
         """Tokens a slab holds."""
-        return self._slab_shape[1]
-
-    @property
-    def model_size(self) -> tuple[int, int, int]:
-        """Layers, heads and channels per head of the model it serves."""
-        return self._model_size
+        return self.slabs[0][0].shape[1]
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -225,7 +218,7 @@ class FarCache:
         """The slabs, large enough for the layout. Its queries may be written behind the context."""
         context, tokens = self._tokens(layout)
         if self.capacity < tokens:
-            self._grow(tokens, keep=context)
+            self.workspace.resize(tokens, keep=context)
         return self.slabs
 
     def begin_write(self, layout: FarLayout) -> Slabs:
@@ -233,7 +226,7 @@ class FarCache:
         self.context = None
         if self.immutable:
             context, tokens = self._tokens(layout)
-            self._grow(max(self.capacity, tokens), keep=context)
+            self.workspace.resize(max(self.capacity, tokens), keep=context)
         slabs = self.slabs_for(layout)
         if self.held is not None and self.parallel is not None:
             self.held = self.held.followed_by(self.parallel.shards(layout.frame_map), layout.cache_offset)
@@ -256,33 +249,3 @@ class FarCache:
         if self.held is None or self.parallel is None:
             return layout.num_key_tokens
         return sum(math.ceil(segment.tokens / self.parallel.world) for segment in layout.segments)
-
-    def _share_workspace(self, model: FarModel, tokens: int) -> None:
-        """Take over what a finished rollout of the same shape has left, or else new slabs, and leave them in turn."""
-        shape = (self._slab_shape[0], tokens, *self._slab_shape[2:])
-        # Another stream may still be at work on this memory, and what inference mode made cannot be written outside it.
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
-        mode = (stream, torch.is_inference_mode_enabled())
-        made_for = (shape, self._model_size[0], self._dtype, self._device, mode, fingerprint(model.parameters()))
-        idle = model.idle_workspaces.take(made_for)
-        if idle is None:
-            self._grow(tokens)
-            self.workspace.made_for = made_for
-        else:
-            self.workspace, self._slab_shape = idle, shape
-        model.idle_workspaces.use(self.workspace)
-        weakref.finalize(self, model.idle_workspaces.give, self.workspace).atexit = False
-
-    def _grow(self, tokens: int, keep: int = 0) -> None:
-        batch, _, heads, head_dim = self._slab_shape
-        shape = (batch, tokens, heads, head_dim)
-        old: list[Any] = list(self.slabs) or [None] * self._model_size[0]
-        slabs: Slabs = []  # taken over only when complete: an allocation may fail
-        for pair in old:
-            k, v = torch.empty(2, *shape, device=self._device, dtype=self._dtype).unbind(0)
-            if pair is not None and keep:
-                k[:, :keep], v[:, :keep] = pair[0][:, :keep], pair[1][:, :keep]
-            slabs.append((k, v))
-        self.workspace.slabs, self._slab_shape = slabs, shape
-        self.workspace.made_for = None  # captured steps read the old slabs
-        self.graphs.clear()

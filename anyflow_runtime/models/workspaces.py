@@ -7,11 +7,13 @@ keeps the memory of its latest finished rollout and gives it to the next one of 
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops
@@ -38,6 +40,25 @@ class Workspace:
     prompt: PromptBuffers | None = None
     made_for: Hashable = None
 
+    @classmethod
+    def allocated(
+        cls, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> Workspace:
+        """With slabs of `shape` (B, T, H, d), uninitialised."""
+        return cls([_pair(shape, dtype, device) for _ in range(layers)])
+
+    def resize(self, tokens: int, keep: int = 0) -> None:
+        """Take new slabs of `tokens` positions, of which the first `keep` are those of the old ones."""
+        slabs: Slabs = []  # taken over only when complete: an allocation may fail
+        for old in self.slabs:
+            batch, _, heads, head_dim = old[0].shape
+            new = _pair((batch, tokens, heads, head_dim), old[0].dtype, old[0].device)
+            for slab, before in zip(new, old, strict=True):
+                slab[:, :keep] = before[:, :keep]
+            slabs.append(new)
+        self.slabs, self.made_for = slabs, None
+        self.graphs.clear()  # captured steps read the old slabs
+
     def hold_prompt(self, keys: PromptKeys, blocks: Any, ops: Ops) -> PromptBuffers:
         """Buffers that hold this prompt."""
         if self.prompt is None or not self.prompt.take(keys, blocks, ops):
@@ -56,7 +77,31 @@ class IdleWorkspaces:
         self._idle: deque[Workspace] = deque(maxlen=1)
         self._used: set[int] = set()
 
-    def take(self, made_for: Hashable) -> Workspace | None:
+    def lend(
+        self,
+        rollout: object,
+        weights: Iterable[Tensor],
+        layers: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Workspace:
+        """The idle workspace if it fits, else a new one, until `rollout` is gone."""
+        device = torch.device(device)
+        # Another stream may still be at work on this memory, and what inference mode made cannot be written outside it.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        # A captured step is as good as the addresses of the weights.
+        addresses = hash(tuple(weight.data_ptr() for weight in weights))
+        made_for = (shape, layers, dtype, device, stream, torch.is_inference_mode_enabled(), addresses)
+        workspace = self._take(made_for)
+        if workspace is None:
+            workspace = Workspace.allocated(layers, shape, dtype, device)
+            workspace.made_for = made_for
+        self._used.add(id(workspace))
+        weakref.finalize(rollout, self._give, workspace).atexit = False
+        return workspace
+
+    def _take(self, made_for: Hashable) -> Workspace | None:
         """The idle workspace if it fits; one that does not is let go, for its memory may be needed."""
         try:
             idle = self._idle.pop()
@@ -64,11 +109,7 @@ class IdleWorkspaces:
             return None
         return idle if idle.made_for == made_for else None
 
-    def use(self, workspace: Workspace) -> None:
-        """Note that a rollout has begun with a workspace."""
-        self._used.add(id(workspace))
-
-    def give(self, workspace: Workspace) -> None:
+    def _give(self, workspace: Workspace) -> None:
         """A rollout has ended: keep its workspace if it has run a step."""
         self._used.discard(id(workspace))
         if not self._used and workspace.made_for is not None and len(workspace.graphs):
@@ -85,6 +126,6 @@ class IdleWorkspaces:
         return IdleWorkspaces, ()
 
 
-def fingerprint(weights: Iterable[Tensor]) -> Hashable:
-    """Where a model's weights lie: a captured step is as good as these addresses."""
-    return hash(tuple(weight.data_ptr() for weight in weights))
+def _pair(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    k, v = torch.empty(2, *shape, device=device, dtype=dtype).unbind(0)
+    return k, v
