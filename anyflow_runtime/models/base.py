@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from anyflow_kernels import load_ops
 
 from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
 from .conditioning import ConditionEmbedder
-from .config import ModelConfig
+from .config import ModelConfig, constructor_arguments
 from .layers import FP32LayerNorm
 from .loading import CheckpointMixin
 from .parameters import apply_linear, onloaded
@@ -37,8 +37,7 @@ class TransformerOutput:
 class AnyFlowModel(CheckpointMixin, nn.Module):
     """Parameters, runtime state and shared steps of both AnyFlow models.
 
-    Runtime state (the kernels, the rotary tables, `phantom_padding`, `parallel`, idle workspaces) is no part of the
-    config or the state dict.
+    Runtime state is no part of the config or the state dict.
     """
 
     keep_in_fp32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -51,7 +50,13 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
     norm_out: Any
     proj_out: Any
 
-    def _build(self, config: ModelConfig) -> None:
+    def _build(self, arguments: Mapping[str, Any]) -> None:
+        """The weights, fresh. Takes the `locals()` of a constructor, and the place of `nn.Module.__init__`.
+
+        Not called as `super().__init__`: in a class that `accelerate` merges, that is where diffusers' comes out.
+        """
+        nn.Module.__init__(self)
+        config = ModelConfig(constructor_arguments(arguments, excluded=("backend", "phantom_padding")))
         for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "ffn_dim", "text_dim"):
             if config[name] < 1:
                 raise ValueError(f"{name}: got {config[name]}, expected >= 1")
@@ -72,7 +77,7 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def _init_runtime(self, backend: str, phantom_padding: bool = False, cuda_graphs: bool = True) -> None:
-        """State that does not belong to the weights; `accelerate` calls this on a diffusers module it has adopted."""
+        """Set `runtime_state`; `accelerate` calls this on a diffusers module it has adopted."""
         self.ops = load_ops(backend)
         self.phantom_padding = phantom_padding
         self.cuda_graphs = cuda_graphs
@@ -161,65 +166,3 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
             y = self.parallel.gather(y, shards)
         channels = self.config.out_channels or self.config.in_channels
         return self.ops.unpatchify(y, grid, tuple(self.config.patch_size), channels)
-
-    def _check_parallel(self, latents: Tensor) -> None:
-        """Raise ValueError if a gradient is wanted of several processes."""
-        if self.parallel is None or not torch.is_grad_enabled():
-            return
-        if latents.requires_grad or any(p.requires_grad for p in self.parameters()):
-            raise ValueError(
-                f"context parallelism: got gradients enabled on {self.parallel.world} processes, expected inference "
-                "under torch.no_grad()"
-            )
-
-
-def check_video(
-    config: Any,
-    hidden_states: Tensor,
-    timestep: Tensor,
-    r_timestep: Tensor,
-    encoder_hidden_states: Tensor,
-    encoder_hidden_states_image: Tensor | None = None,
-) -> None:
-    """Raise ValueError, naming the argument, if the inputs of a forward cannot belong together."""
-
-    def expect(condition: bool, name: str, got: object, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name}: got {got}, expected {expected}")
-
-    shape = tuple(hidden_states.shape)
-    expect(
-        len(shape) == 5 and shape[2] == config.in_channels,
-        "hidden_states",
-        shape,
-        f"(B, F, {config.in_channels}, H, W)",
-    )
-    expect(
-        shape[3] >= config.patch_size[1] and shape[4] >= config.patch_size[2],
-        "hidden_states",
-        shape,
-        f"H and W of at least one patch {tuple(config.patch_size)}",
-    )
-    for name, time in (("timestep", timestep), ("r_timestep", r_timestep)):
-        expect(time.ndim == 2 and time.shape[0] == shape[0], name, tuple(time.shape), f"(B={shape[0]}, F)")
-    expect(
-        r_timestep.shape == timestep.shape,
-        "r_timestep",
-        tuple(r_timestep.shape),
-        f"that of timestep {tuple(timestep.shape)}",
-    )
-    text = tuple(encoder_hidden_states.shape)
-    expect(
-        len(text) == 3 and text[0] == shape[0] and text[2] == config.text_dim,
-        "encoder_hidden_states",
-        text,
-        f"(B={shape[0]}, S, {config.text_dim})",
-    )
-    if encoder_hidden_states_image is not None and config.image_dim is not None:
-        image = tuple(encoder_hidden_states_image.shape)
-        expect(
-            len(image) == 3 and image[0] == shape[0] and image[2] == config.image_dim,
-            "encoder_hidden_states_image",
-            image,
-            f"(B={shape[0]}, S, {config.image_dim})",
-        )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyflow_kernels import AttentionPlan, FarLayout
 
-from .base import AnyFlowModel, TransformerOutput, check_video
+from .base import AnyFlowModel, TransformerOutput
 from .blocks import BlockInputs
+from .checks import check_frames, check_parallel, check_video
 from .conditioning import embed_times
-from .config import ModelConfig, constructor_arguments
 from .prompt_keys import PromptKeys
 
 
@@ -56,9 +56,7 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         deltatime_type: str = "r",
         backend: str = "auto",
     ) -> None:
-        config = ModelConfig(constructor_arguments(locals(), excluded=("backend",)))
-        nn.Module.__init__(self)
-        self._build(config)
+        self._build(locals())
         self._init_runtime(backend)
 
     def forward(
@@ -90,10 +88,9 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         check_video(
             self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
         )
-        self._check_parallel(hidden_states)
+        check_parallel(self, hidden_states)
         frames = hidden_states.shape[1]
-        if timestep.shape[1] != frames:
-            raise ValueError(f"timestep: got {tuple(timestep.shape)}, expected (B, F={frames})")
+        check_frames(hidden_states, timestep, frames, "the video")
         # One chunk at full resolution is the whole video without a mask.
         patch = tuple(self.config.patch_size)
         layout = FarLayout((frames,), hidden_states.shape[3], hidden_states.shape[4], patch, patch)

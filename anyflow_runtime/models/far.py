@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from anyflow_kernels import AttentionPlan, FarLayout, Segment
 
-from .base import AnyFlowModel, TransformerOutput, check_video
+from .base import AnyFlowModel, TransformerOutput
 from .blocks import BlockInputs
 from .cache import Context, FarCache
+from .checks import check_cache, check_context, check_frames, check_parallel, check_video, expect
 from .conditioning import embed_times
-from .config import ModelConfig, constructor_arguments
 from .parameters import warm_start_compressed_weight
 from .prompt_keys import CrossAttentionKeys, PromptKeys
 from .reference_cache import adopt_reference_cache
@@ -78,9 +78,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         backend: str = "auto",
         phantom_padding: bool = False,
     ) -> None:
-        config = ModelConfig(constructor_arguments(locals(), excluded=("backend", "phantom_padding")))
-        nn.Module.__init__(self)
-        self._build(config)
+        self._build(locals())
         full, patch = self.patch_embedding, compressed_patch_size
         self.far_patch_embedding = nn.Conv3d(full.in_channels, full.out_channels, patch, patch)
         with torch.no_grad():
@@ -175,41 +173,23 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         check_video(
             self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
         )
-        self._check_parallel(hidden_states)
+        check_parallel(self, hidden_states)
         partition = tuple(chunk_partition)
-        _expect(len(partition) > 0, "chunk_partition", partition, "at least one chunk")
-        if kv_cache is None and self.parallel is not None:
-            raise ValueError(
-                f"kv_cache: got None on {self.parallel.world} processes, expected a FarCache: context parallelism does "
-                "not cover the training path"
-            )
+        expect(len(partition) > 0, "chunk_partition", partition, "at least one chunk")
         prompt = (encoder_hidden_states, encoder_hidden_states_image)
         if kv_cache is None:
             clean = (clean_hidden_states, clean_timestep)
             velocity = self._train(hidden_states, timestep, r_timestep, prompt, partition, *clean)
             return TransformerOutput(velocity) if return_dict else (velocity,)
-        if clean_hidden_states is not None:
-            raise ValueError("clean_hidden_states: got a tensor with kv_cache, expected None outside training")
 
-        flag = kv_cache_flag or {}
-        cache = kv_cache
-        if not isinstance(cache, FarCache):
-            height, width = hidden_states.shape[-2:]
-            cache = adopt_reference_cache(kv_cache, self, partition, height, width, flag.get("num_cached_chunks", 0))
-        _expect(
-            cache.batch_size == hidden_states.shape[0],
-            "hidden_states",
-            hidden_states.shape[0],
-            f"the batch of the cache, {cache.batch_size}",
-        )
-        self._check_cache(cache)
+        expect(clean_hidden_states is None, "clean_hidden_states", "a tensor with kv_cache", "None outside training")
+        flag, (height, width) = kv_cache_flag or {}, hidden_states.shape[-2:]
+        cache = adopt_reference_cache(kv_cache, self, partition, height, width, flag.get("num_cached_chunks", 0))
+        check_cache(self, cache, hidden_states)
         sample: Tensor | None = None
         if flag.get("is_cache_step"):
-            times = torch.stack([timestep, r_timestep])
-            context = Context(partition, hidden_states.clone(), times, cache.prompt(self.condition_embedder, *prompt))
-            self._check_context(cache, context)
-            cache.pending = context
-            if isinstance(kv_cache, FarCache):
+            self._keep_pending(cache, hidden_states, torch.stack([timestep, r_timestep]), prompt, partition)
+            if cache is kv_cache:
                 self.encode_pending(cache)
         else:
             sample = self._query(hidden_states, timestep, r_timestep, prompt, partition, cache)
@@ -234,12 +214,23 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         """
         times = torch.zeros(2, *latents.shape[:2])  # on the CPU: embedded once per rollout
         check_video(self.config, latents, times[0], times[1], encoder_hidden_states, encoder_hidden_states_image)
-        self._check_cache(cache)
-        prompt = cache.prompt(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image)
-        context = Context(tuple(chunk_partition), latents.clone(), times, prompt)
-        self._check_context(cache, context)
-        cache.pending = context
+        check_cache(self, cache, latents)
+        prompt = (encoder_hidden_states, encoder_hidden_states_image)
+        self._keep_pending(cache, latents, times, prompt, tuple(chunk_partition))
         self.encode_pending(cache)
+
+    def _keep_pending(
+        self,
+        cache: FarCache,
+        latents: Tensor,
+        times: Tensor,
+        prompt: tuple[Tensor, Tensor | None],
+        partition: tuple[int, ...],
+    ) -> None:
+        """Finished chunks, (B, F, C, H, W) at times (2, B, F), are what `encode_pending` will make context."""
+        context = Context(partition, latents.clone(), times, cache.prompt(self.condition_embedder, *prompt))
+        check_context(self, cache, context)
+        cache.pending = context
 
     @torch.no_grad()
     def encode_pending(self, cache: FarCache) -> None:
@@ -263,22 +254,6 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             self._run_blocks(x, inputs, keys_only=True)
         cache.end_write(context)
 
-    def _check_cache(self, cache: FarCache) -> None:
-        config = self.config
-        size = (config.num_layers, config.num_attention_heads, config.attention_head_dim)
-        _expect(cache.model_size == size, "kv_cache", cache.model_size, f"(layers, heads, head_dim) = {size}")
-        made_for, now = cache.parallel or "one process", self.parallel or "one process"
-        _expect(made_for == now, "kv_cache", f"one made for {made_for}", f"one made for {now}")
-
-    def _check_context(self, cache: FarCache, context: Context) -> None:
-        cache.layout("prefill", context.partition)  # raises on a bad partition, before the cache takes it
-        shape, frames = () if context.latents is None else tuple(context.latents.shape), sum(context.partition)
-        expected = (cache.batch_size, frames, self.config.in_channels, *cache.latent_size)
-        _expect(
-            shape == expected, "hidden_states", shape, f"(B, F, C, H, W) = {expected} for {list(context.partition)}"
-        )
-        _expect(context.times.shape[2] == frames, "timestep", tuple(context.times.shape[1:]), f"(B, F={frames})")
-
     def _query(
         self,
         latents: Tensor,
@@ -289,19 +264,13 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         cache: FarCache,
     ) -> Tensor:
         """The velocity of the newest chunk, which sees the cache and itself."""
-        shape, frames = tuple(latents.shape), partition[-1]
-        _expect(
-            shape[1] == frames and shape[3:] == cache.latent_size,
-            "hidden_states",
-            shape,
-            f"F={frames} frames, the newest of {list(partition)}, of size {cache.latent_size}",
-        )
-        _expect(t.shape[1] == frames, "timestep", tuple(t.shape), f"(B, F={frames})")
+        frames = partition[-1]
+        check_frames(latents, t, frames, f"the newest of {list(partition)}")
+        size = tuple(latents.shape[3:])
+        expect(size == cache.latent_size, "hidden_states", f"(H, W) = {size}", f"the cache's {cache.latent_size}")
         self.encode_pending(cache)
         cached = cache.context.partition if cache.context else ()
-        _expect(
-            cached == partition[:-1], "chunk_partition", list(partition), f"{[*cached]} (cached) and one more chunk"
-        )
+        expect(cached == partition[:-1], "chunk_partition", [*partition], f"{[*cached]} (cached) and one more chunk")
         layout = cache.layout("inference", partition)
         if torch.is_grad_enabled():  # keys of its own: kept ones have no graph, or one that another backward frees
             keys = PromptKeys(self.condition_embedder, *prompt)
@@ -356,22 +325,20 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         clean_t: Tensor | None,
     ) -> Tensor:
         """The velocity of the full noisy frames; compressed context and clean copy are cut off before the head."""
+        if self.parallel is not None:
+            raise ValueError(
+                f"kv_cache: got None on {self.parallel.world} processes, expected a FarCache: context parallelism does "
+                "not cover the training path"
+            )
         layout = self.layout("train", partition, latents.shape[3], latents.shape[4], clean is not None)
         frames, num_compressed = sum(partition), layout.num_compressed_frames
-        _expect(
-            latents.shape[1] == frames,
-            "hidden_states",
-            tuple(latents.shape),
-            f"F={frames} frames for {list(partition)}",
-        )
-        _expect(t.shape[1] == frames, "timestep", tuple(t.shape), f"(B, F={frames})")
-        _expect(
-            (clean is None) == (clean_t is None), "clean_timestep", clean_t, "both it and clean_hidden_states, or none"
-        )
+        check_frames(latents, t, frames, f"chunks {list(partition)}")
+        together = (clean is None) == (clean_t is None)
+        expect(together, "clean_timestep", clean_t, "both it and clean_hidden_states, or none")
         if clean is not None and clean_t is not None:
             expected = (latents.shape[0], layout.num_full_frames, *latents.shape[2:])
-            _expect(tuple(clean.shape) == expected, "clean_hidden_states", tuple(clean.shape), f"{expected}")
-            _expect(tuple(clean_t.shape) == expected[:2], "clean_timestep", tuple(clean_t.shape), f"{expected[:2]}")
+            expect(tuple(clean.shape) == expected, "clean_hidden_states", tuple(clean.shape), expected)
+            expect(tuple(clean_t.shape) == expected[:2], "clean_timestep", tuple(clean_t.shape), expected[:2])
             # The reference gives clean_timestep to the delta embedder under both delta types.
             clean_r = clean_t if self.config.deltatime_type == "r" else torch.zeros_like(clean_t)
             t, r = torch.cat([t, clean_t.to(t)], dim=1), torch.cat([r, clean_r.to(r)], dim=1)
@@ -381,11 +348,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         inputs = self._inputs(layout, times, keys, rope)
         x, branch, gate = self._run_blocks(x, inputs)
         noisy = [s for s in layout.segments if s.kind == "full"]
-        tokens, rows = (
-            slice(noisy[0].offset, noisy[-1].end),
-            slice(num_compressed, num_compressed + layout.num_full_frames),
-        )
-        assert branch is not None and gate is not None
+        tokens = slice(noisy[0].offset, noisy[-1].end)
+        rows = slice(num_compressed, num_compressed + layout.num_full_frames)
+        assert branch is not None and gate is not None  # only a prefill stops before they are there
         return self._head(
             (x[:, tokens], branch[:, tokens], gate[:, rows]), rt[:, rows], (layout.num_full_frames, *layout.full_grid)
         )
@@ -419,8 +384,3 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         plan = AttentionPlan.from_layout(layout, -layout.num_query_tokens % PHANTOM_BLOCK if phantom else 0)
         offset = 0 if slabs is None else layout.cache_offset
         return BlockInputs(self.ops, layout.frame_map, times, rope, plan, prompt, slabs, offset, held=held)
-
-
-def _expect(condition: bool, name: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {got}, expected {expected}")

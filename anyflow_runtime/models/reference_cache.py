@@ -25,12 +25,16 @@ def adopt_reference_cache(
 ) -> FarCache:
     """The `FarCache` behind a cache in diffusers' protocol: per block a dict of `full_cache` and `compressed_cache`.
 
+    A `FarCache` is its own.
+
     At first sight the cache is made, takes over any keys a diffusers model has written, and is put into the dict of
     block 0; the reference's tensors, (2, B, H, T, d) each and sized for more than is ever live, are let go.
 
     Raises:
         ValueError: if the dict is neither the reference's nor one of ours.
     """
+    if isinstance(kv_cache, FarCache):
+        return kv_cache
     first = kv_cache[0] if isinstance(kv_cache, (dict, list, tuple)) and len(kv_cache) else None
     if not isinstance(first, dict):
         raise ValueError(f"kv_cache: got {type(kv_cache).__name__}, expected a FarCache or a dict of tensors per block")
