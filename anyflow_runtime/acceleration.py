@@ -17,7 +17,6 @@ from .models.blocks import AnyFlowTransformerBlock
 
 Pipeline = TypeVar("Pipeline")
 _MERGED: dict[tuple[type, type], type] = {}
-_RUNTIME_STATE = ("ops", "phantom_padding", "cuda_graphs", "idle_workspaces", "parallel", "_rotary")
 
 
 def accelerate(
@@ -72,7 +71,7 @@ def restore(pipe: Pipeline) -> Pipeline:
         for module in (transformer, *transformer.blocks):
             vars(module).pop("_compiled_call_impl", None)
             _change_class(module, type(module).__bases__[0])
-        for name in _RUNTIME_STATE:
+        for name in AnyFlowModel.runtime_state:
             delattr(transformer, name)
     return pipe
 

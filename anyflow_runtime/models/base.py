@@ -40,6 +40,7 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
     Runtime state is no part of the config or the state dict.
     """
 
+    runtime_state = ("ops", "phantom_padding", "cuda_graphs", "idle_workspaces", "parallel", "_rotary")
     keep_in_fp32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     config: Any
     parallel: TokenSharing | None  # the processes that share the tokens; see `anyflow_runtime.parallel`
