@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,12 +156,6 @@ def fitted(image: Tensor, size: tuple[int, int] | None) -> Tensor:
     return image[:, top : top + size[0], left : left + size[1]].clamp(0, 1).contiguous()
 
 
-class _Sink(Protocol):
-    def add(self, frame: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class VideoWriter:
     """Writes frames to a file as they come.
 
@@ -203,7 +197,7 @@ class VideoWriter:
         self._signed = pixel_range == "signed"
         self._crf, self._zoom = crf, zoom
         self._size: tuple[int, int] | None = None
-        self._sink: _Sink | None = None
+        self._sink: _Mp4Sink | _GifSink | _SheetSink | None = None
         self._closed = False
 
     def write(self, frames: Tensor) -> None:
@@ -280,7 +274,7 @@ class VideoWriter:
             frames = frames.round().clamp(0, 255).to(torch.uint8)
         return frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    def _open(self) -> _Sink:
+    def _open(self) -> _Mp4Sink | _GifSink | _SheetSink:
         assert self._size is not None
         suffix = self.path.suffix.lower()
         if suffix == ".mp4":
@@ -388,12 +382,10 @@ class _SheetSink:
         self._seen = 0
 
     def add(self, frame: np.ndarray) -> None:
+        if self._seen % self._every == 0 and len(self._tiles) == SHEET_TILES:
+            self._tiles, self._every = self._tiles[::2], 2 * self._every
         if self._seen % self._every == 0:
-            if len(self._tiles) == SHEET_TILES:
-                self._tiles = self._tiles[::2]
-                self._every *= 2
-            if self._seen % self._every == 0:
-                self._tiles.append(frame)
+            self._tiles.append(frame)
         self._seen += 1
 
     def close(self) -> None:
