@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from anyflow_kernels import load_ops
+from anyflow_kernels.operations import FrameMap
 
 from .blocks import AnyFlowTransformerBlock, BlockInputs, Pending
 from .conditioning import ConditionEmbedder
@@ -20,7 +21,7 @@ from .layers import FP32LayerNorm
 from .loading import CheckpointMixin
 from .parameters import apply_linear, onloaded
 from .rotary import RotaryTables
-from .token_shards import FrameMap, TokenSharing, take
+from .token_shards import TokenSharing, take
 from .workspaces import IdleWorkspaces
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_kernels import AttentionPlan, Ops
+from anyflow_kernels.operations import FrameMap
 
 from .layers import Attention, FeedForward
 from .parameters import apply_linear, fuse_storage, is_plain, onloaded, project
 from .prompt_keys import CrossAttentionKeys
 from .token_shards import HeldKeys, SharedAttention
+from .workspaces import Slabs
 
 Pending = tuple[Tensor, Tensor | None, Tensor | None]  # x, and the branch and gate still to be added to it
 
@@ -44,12 +46,12 @@ class BlockInputs:
     """
 
     ops: Ops
-    frame_map: tuple[tuple[int, int], ...]
+    frame_map: FrameMap
     times: Tensor
     rope: tuple[Tensor, Tensor]
     plan: AttentionPlan
     prompt: CrossAttentionKeys
-    cache: list[tuple[Tensor, Tensor]] | None = None
+    cache: Slabs | None = None
     offset: int = 0
     modulation: Tensor | None = None
     held: HeldKeys | None = None

@@ -1,6 +1,6 @@
-"""Several processes that share the tokens of one video, as a model sees them: which tokens, modulation rows and keys
-each holds (integers, the same on every process), and the two things it asks of them.
+"""Several processes that share the tokens of one video, as a model sees them.
 
+Which tokens, modulation rows and keys each holds (integers, the same on every process), and what is asked of them.
 `anyflow_runtime.parallel` has the processes; a model knows them by the protocols here.
 
 Source: the sequence split of DeepSpeed-Ulysses (arXiv 2309.14509) and ring attention (arXiv 2310.01889).
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import AttentionPlan
+from anyflow_kernels.operations import FrameMap
 
 Spans = tuple[tuple[int, int], ...]  # ascending and disjoint (start, end), none empty
-FrameMap = tuple[tuple[int, int], ...]  # runs of (frames, tokens per frame)
 
 
 class SharedAttention(Protocol):
@@ -103,8 +103,9 @@ class TokenShards:
 
 @dataclass(frozen=True)
 class HeldKeys:
-    """The key positions that each process holds, in the order of its slab. Positions of one range of the sequence are
-    one range of every slab.
+    """The key positions that each process holds, in the order of its slab.
+
+    Positions of one range of the sequence are one range of every slab.
 
     Args:
         spans: per process.

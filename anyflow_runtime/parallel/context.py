@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflow_kernels.operations import FrameMap
+
 from ..models.base import AnyFlowModel
 from ..models.blocks import BlockInputs
-from ..models.token_shards import FrameMap, HeldKeys, TokenShards, take
+from ..models.token_shards import HeldKeys, TokenShards, take
 from .attention import RingAttention, UlyssesAttention
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -223,12 +223,3 @@ def check_steps(config: Any) -> None:
             raise ScheduleError(f"{name}: got {value}, expected at least 1")
     if not (math.isfinite(config.shift) and config.shift > 0):
         raise ScheduleError(f"shift: got {config.shift!r}, expected a positive number")
-
-
-def pairs(values: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Consecutive pairs: the (from, to) of every step of a schedule."""
-    iterator = iter(values)
-    previous = next(iterator)
-    for value in iterator:
-        yield previous, value
-        previous = value

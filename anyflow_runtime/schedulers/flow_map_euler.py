@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import shifted
 from .config_io import SchedulerConfigMixin
 
 try:
@@ -109,8 +110,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
 
     def apply_shift(self, sigmas: Tensor) -> Tensor:
         """Warp sigmas by the configured shift."""
-        shift = self.config.shift
-        return sigmas if shift == 1.0 else shift * sigmas / (1 + (shift - 1) * sigmas)
+        return sigmas if self.config.shift == 1.0 else shifted(sigmas, self.config.shift)
 
     def set_timesteps(
         self,

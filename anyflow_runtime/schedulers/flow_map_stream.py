@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ from .base import (
     check_steps,
     flow_function,
     noised,
-    pairs,
     shifted,
     solver_dtype,
 )
@@ -103,7 +103,7 @@ class FlowMapEulerScheduler(Scheduler):
         Steps of length zero (custom schedules with repeated values) are skipped without calling the network.
         """
         solver_dtype(initial_noise, "initial_noise")
-        moves = [(t, r) for t, r in pairs(self._schedule) if t != r]
+        moves = [(t, r) for t, r in pairwise(self._schedule) if t != r]
         x = initial_noise
         for i in self._steps(len(moves)):
             x = self.step(x, predict_flow, *moves[i])
