@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from anyflow_kernels import AttentionPlan, FarLayout, load_ops
-from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, FarCache
+from anyflow_runtime import FarCache
 from anyflow_runtime.cli import main
 from anyflow_runtime.models.token_shards import HeldKeys, TokenShards, pieces
 from anyflow_runtime.parallel import context_parallel
@@ -35,14 +35,11 @@ from anyflow_runtime.streaming import (
 )
 
 from .parity import FP32_TOLERANCE, reference_cache, relative_error
+from .tiny import tiny_model
 
 WORLD = 2
 SIDE = 14  # of the latents: 49 tokens in a full frame, 9 in a compressed one, so that no share is whole frames
 PARTITION = [1, 2, 1, 2, 1]
-CONFIG: dict[str, Any] = {
-    "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8, "freq_dim": 16, "ffn_dim": 24,
-    "num_layers": 2,
-}  # fmt: skip
 VIDEO = ["a cat", "--size", "32x48", "--frames", "13", "--steps", "2", "--seed", "7", "--device", "cpu"]
 
 
@@ -51,13 +48,8 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def build(heads: int, causal: bool = True, **options: Any) -> Any:
-    torch.manual_seed(heads)
-    model_class = AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel
-    config = {**CONFIG, "num_attention_heads": heads, **({"full_chunk_limit": 2} if causal else {})}
-    model = model_class(**config, backend="torch", **options).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    options |= {"full_chunk_limit": 2} if causal else {}
+    return tiny_model(causal, seed=heads, num_attention_heads=heads, **options)
 
 
 def query(model: Any, cache: Any, x: Tensor, times: tuple[float, float], partition: list[int], **options: Any) -> Any:

@@ -9,27 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from anyflow_runtime import AnyFlowFARTransformer3DModel
 from anyflow_runtime.cli import main
 
-CONFIG = {
-    "num_attention_heads": 1,
-    "attention_head_dim": 12,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 4,
-    "freq_dim": 8,
-    "ffn_dim": 16,
-    "num_layers": 2,
-}
+from .tiny import tiny_model
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    AnyFlowFARTransformer3DModel(**CONFIG).save_pretrained(directory)
+    tiny_model().save_pretrained(directory)
     return directory
 
 
@@ -76,7 +66,7 @@ def test_quiet_prints_the_counts_alone(source, tmp_path, capsys) -> None:
 def test_adapters_are_merged_with_the_alpha_of_the_config(source, tmp_path, capsys) -> None:
     state = load_file(source / WEIGHTS)
     layer = "blocks.0.attn1.to_q"
-    a, b = torch.randn(2, 12), torch.randn(12, 2)
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
     adapters = {f"base_model.model.{layer}.lora_A.real.weight": a, f"base_model.model.{layer}.lora_B.real.weight": b}
     torch.save({"ema": adapters}, tmp_path / "lora.pt")
     command = ["convert", str(tmp_path / "lora.pt"), str(tmp_path / "out"), "--to", "diffusers"]

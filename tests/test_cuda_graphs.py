@@ -22,16 +22,7 @@ from anyflow_runtime.models import cuda_graphs
 from anyflow_runtime.models.cuda_graphs import StepGraphs
 from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
 
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 2,
-    "text_dim": 8,
-    "freq_dim": 16,
-    "ffn_dim": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-}
+from .tiny import tiny_model
 
 
 def record(step: Any, inputs: tuple[torch.Tensor, ...], pool: Any) -> tuple[Any, torch.Tensor]:
@@ -48,10 +39,9 @@ def no_gradients() -> Any:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> AnyFlowFARTransformer3DModel:
-    torch.manual_seed(0)
     monkeypatch.setattr(AnyFlowFARTransformer3DModel, "captures", lambda self, device: self.cuda_graphs)
     monkeypatch.setattr(cuda_graphs, "capture_cuda", record)
-    return AnyFlowFARTransformer3DModel(**CONFIG, backend="torch").eval().requires_grad_(False)
+    return tiny_model()
 
 
 def rollout(model: Any, text: torch.Tensor, graphs: bool, steps: int = 4, height: int = 8, fail_at: int = -1) -> Any:
@@ -244,7 +234,7 @@ def test_finished_chunks_are_forgotten() -> None:
 @pytest.mark.parametrize("obstacle", ["nothing", "switched off", "cpu", "gradients", "adapter", "offloaded", "hooked"])
 def test_captured_only_where_weights_stay(obstacle: str) -> None:
     """A replay reads the addresses it was captured with: weights that change or move between steps rule it out."""
-    model: Any = AnyFlowFARTransformer3DModel(**CONFIG, backend="torch")
+    model = tiny_model()
     latents: Any = SimpleNamespace(device=torch.device("cpu" if obstacle == "cpu" else "cuda"))
     model.cuda_graphs = obstacle != "switched off"
     if obstacle == "adapter":
@@ -259,8 +249,7 @@ def test_captured_only_where_weights_stay(obstacle: str) -> None:
 
 @pytest.mark.gpu
 def test_replayed_rollout_equals_the_eager_one_on_cuda() -> None:
-    torch.manual_seed(0)
-    model = AnyFlowFARTransformer3DModel(**CONFIG).cuda().to(torch.bfloat16).requires_grad_(False)
+    model = tiny_model(backend="auto").cuda().to(torch.bfloat16)
     text = torch.randn(1, 5, 8, device="cuda", dtype=torch.bfloat16)
     noise = torch.randn(1, 2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
     time = torch.full((1, 2), 500.0, device="cuda")
