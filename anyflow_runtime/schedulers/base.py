@@ -76,6 +76,39 @@ class SchedulerConfig(InstantiateConfig):
     _target: type[Scheduler] = field(default_factory=lambda: Scheduler)  # type: ignore[type-abstract]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepsConfig(SchedulerConfig):
+    """Settings of a schedule of steps.
+
+    Args:
+        num_inference_steps: number of steps, any from 1.
+        shift: warp of the grid.
+        num_train_timesteps: N, timesteps are N * sigma.
+        enable_tqdm: show a progress bar.
+    Raises:
+        TypeError: at construction, for a count that is no integer.
+        ScheduleError: at construction, for a count below 1 or a shift that is not positive.
+    """
+
+    num_inference_steps: int = 4
+    shift: float = 5.0
+    num_train_timesteps: int = 1000
+    enable_tqdm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps(self)
+
+    def _check_timesteps(self, name: str, extra: int = 0) -> None:
+        values, count = getattr(self, name), self.num_inference_steps + extra
+        if len(values) != count:
+            steps = f"num_inference_steps + {extra}" if extra else "num_inference_steps"
+            raise ScheduleError(f"{name}: got {len(values)} values, expected {steps} = {count}")
+        for value in values:
+            if not 0 <= value <= self.num_train_timesteps:
+                raise ScheduleError(f"{name}: got {value}, expected values in [0, {self.num_train_timesteps}]")
+
+
 class Scheduler(nn.Module, ABC):
     """Denoising scheduler: `sample` turns noise into a clean latent, `add_noise` goes the other way.
 
@@ -127,6 +160,14 @@ class Scheduler(nn.Module, ABC):
         from tqdm import tqdm
 
         return tqdm(range(count), desc=type(self).__name__)
+
+    def _noised_at_nearest(
+        self, clean: Tensor, timestep: Tensor, timesteps: Tensor, sigmas: Tensor, rng: torch.Generator | None
+    ) -> Tensor:
+        """`noised` at the sigma of the timestep that is nearest, the first on ties."""
+        t = self._scalar_timestep(timestep).to(timesteps.device, timesteps.dtype)
+        row = (timesteps - t).abs().argmin().reshape(1)
+        return noised(clean, sigmas.index_select(0, row).reshape(()), rng)
 
     def _scalar_timestep(self, timestep: Tensor) -> Tensor:
         if not isinstance(timestep, Tensor) or timestep.ndim != 0:

@@ -13,53 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import (
-    FlowPredictor,
-    ScheduleError,
-    Scheduler,
-    SchedulerConfig,
-    check_steps,
-    flow_function,
-    noised,
-    solver_dtype,
-    wan_grid,
-)
+from .base import FlowPredictor, Scheduler, StepsConfig, flow_function, solver_dtype, wan_grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class EulerDiscreteSchedulerConfig(SchedulerConfig):
+class EulerDiscreteSchedulerConfig(StepsConfig):
     """Config of `EulerDiscreteScheduler`.
 
     Args:
-        num_inference_steps: number of steps.
-        shift: warp of the grid; without effect on fixed timesteps.
-        num_train_timesteps: N, timesteps are N * sigma.
-        fixed_timesteps: `num_inference_steps + 1` timesteps in [0, N] to use instead of the grid, usually ending in 0.
-        enable_tqdm: show a progress bar.
+        fixed_timesteps: `num_inference_steps + 1` timesteps in [0, N] to use instead of the grid, usually ending in 0;
+            the shift is then without effect.
+        Others: as `StepsConfig`.
     Raises:
         ScheduleError: at construction, if the count or a value does not fit.
     """
 
     _target: type[EulerDiscreteScheduler] = field(default_factory=lambda: EulerDiscreteScheduler)
-    num_inference_steps: int = 4
-    shift: float = 5.0
-    num_train_timesteps: int = 1000
     fixed_timesteps: Sequence[float] | None = None
-    enable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self)
-        if self.fixed_timesteps is None:
-            return
-        if len(self.fixed_timesteps) != self.num_inference_steps + 1:
-            raise ScheduleError(
-                f"fixed_timesteps: got {len(self.fixed_timesteps)} values, expected num_inference_steps + 1 = "
-                f"{self.num_inference_steps + 1}"
-            )
-        for t in self.fixed_timesteps:
-            if not 0 <= t <= self.num_train_timesteps:
-                raise ScheduleError(f"fixed_timesteps: got {t}, expected values in [0, {self.num_train_timesteps}]")
+        if self.fixed_timesteps is not None:
+            self._check_timesteps("fixed_timesteps", extra=1)
 
 
 class EulerDiscreteScheduler(Scheduler):
@@ -99,6 +74,4 @@ class EulerDiscreteScheduler(Scheduler):
 
     def add_noise(self, clean_input: Tensor, timestep: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Noise at the schedule entry nearest to `timestep`, the terminal one included; see `Scheduler.add_noise`."""
-        t = self._scalar_timestep(timestep).to(self.timesteps.device, self.timesteps.dtype)
-        row = (self.timesteps - t).abs().argmin().reshape(1)
-        return noised(clean_input, self.sigmas.index_select(0, row).reshape(()), rng)
+        return self._noised_at_nearest(clean_input, timestep, self.timesteps, self.sigmas, rng)

@@ -13,63 +13,42 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import (
-    FlowPredictor,
-    ScheduleError,
-    Scheduler,
-    SchedulerConfig,
-    check_steps,
-    flow_function,
-    noised,
-    shifted,
-    solver_dtype,
-)
+from .base import FlowPredictor, ScheduleError, Scheduler, StepsConfig, flow_function, shifted, solver_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchSchedulerConfig(SchedulerConfig):
+class FlowMatchSchedulerConfig(StepsConfig):
     """Config of `FlowMatchScheduler`.
 
     Args:
-        num_inference_steps: number of steps, equal to `len(denoising_timesteps)`.
         shift: warp of the training table.
         denoising_timesteps: integers in [0, num_train_timesteps], one per step.
         warp_denoising_step: requested timesteps are positions in the warped table; False takes them as they are.
-        num_train_timesteps: length N of the training table.
+        num_train_timesteps: also the length N of the training table.
         sigma_max, sigma_min: ends of the grid before warping.
         extra_one_step: N + 1 grid points of which the last is dropped, instead of N.
         timestep_dtype: dtype in which the timesteps are kept; an integer dtype truncates them.
-        enable_tqdm: show a progress bar.
+        Others: as `StepsConfig`.
     Raises:
         ScheduleError: at construction, if the counts differ or a timestep or sigma is out of range.
         TypeError: for a timestep that is not an integer.
     """
 
     _target: type[FlowMatchScheduler] = field(default_factory=lambda: FlowMatchScheduler)
-    num_inference_steps: int = 4
     shift: float = 8.0
     denoising_timesteps: Sequence[int] = (1000, 750, 500, 250)
     warp_denoising_step: bool = True
-    num_train_timesteps: int = 1000
     sigma_max: float = 1.0
     sigma_min: float = 0.0
     extra_one_step: bool = True
     timestep_dtype: torch.dtype = torch.float32
-    enable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self)
-        if len(self.denoising_timesteps) != self.num_inference_steps:
-            raise ScheduleError(
-                f"denoising_timesteps: got {len(self.denoising_timesteps)} values, expected num_inference_steps = "
-                f"{self.num_inference_steps}"
-            )
         for t in self.denoising_timesteps:
             if isinstance(t, bool) or not isinstance(t, int):
                 raise TypeError(f"denoising_timesteps: got {t!r}, expected integers")
-            if not 0 <= t <= self.num_train_timesteps:
-                raise ScheduleError(f"denoising_timesteps: got {t}, expected values in [0, {self.num_train_timesteps}]")
+        self._check_timesteps("denoising_timesteps")
         if not 0.0 <= self.sigma_min < self.sigma_max <= 1.0:
             raise ScheduleError(
                 f"sigma_min, sigma_max: got {self.sigma_min}, {self.sigma_max}, expected 0 <= min < max <= 1"
@@ -132,7 +111,4 @@ class FlowMatchScheduler(Scheduler):
 
     def add_noise(self, clean_input: Tensor, timestep: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Noise at the training-table entry nearest to `timestep` (the first on ties); see `Scheduler.add_noise`."""
-        table = self.training_timesteps
-        t = self._scalar_timestep(timestep).to(table.device, table.dtype)
-        row = (table - t).abs().argmin().reshape(1)
-        return noised(clean_input, self.training_sigmas.index_select(0, row).reshape(()), rng)
+        return self._noised_at_nearest(clean_input, timestep, self.training_timesteps, self.training_sigmas, rng)

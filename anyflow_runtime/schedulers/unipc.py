@@ -18,47 +18,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import (
-    FlowPredictor,
-    ScheduleError,
-    Scheduler,
-    SchedulerConfig,
-    check_steps,
-    flow_function,
-    noised,
-    solver_dtype,
-    wan_grid,
-)
+from .base import FlowPredictor, ScheduleError, Scheduler, StepsConfig, flow_function, solver_dtype, wan_grid
 
 MAX_ORDER = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatchUniPCSchedulerConfig(SchedulerConfig):
+class FlowMatchUniPCSchedulerConfig(StepsConfig):
     """Config of `FlowMatchUniPCScheduler`; the defaults are those of Wan 2.1.
 
     Args:
-        num_inference_steps: number of steps, any from 1.
         shift: warp of the grid; without effect on the Karras grid.
         num_train_timesteps: N, timesteps are N * sigma, truncated.
         solver_order: 1, 2 or 3.
         use_kerras_sigma: the grid of Karras et al. (arXiv 2206.00364) between 200 and 0.01 with rho 7, as s / (1 + s).
-        enable_tqdm: show a progress bar.
+        Others: as `StepsConfig`.
     Raises:
-        ScheduleError: at construction, for a count, shift or order out of range.
+        ScheduleError: at construction, for an order out of range.
     """
 
     _target: type[FlowMatchUniPCScheduler] = field(default_factory=lambda: FlowMatchUniPCScheduler)
     num_inference_steps: int = 50
-    shift: float = 5.0
-    num_train_timesteps: int = 1000
     solver_order: int = 2
     use_kerras_sigma: bool = False
-    enable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self)
         if self.solver_order not in range(1, MAX_ORDER + 1):
             raise ScheduleError(f"solver_order: got {self.solver_order!r}, expected 1, 2 or {MAX_ORDER}")
 
@@ -127,9 +112,7 @@ class FlowMatchUniPCScheduler(Scheduler):
 
         The final sigma 0 is no step, so t = 0 gives the noise of the last one.
         """
-        t = self._scalar_timestep(timestep).to(self.timesteps.device, torch.int64)
-        row = (self.timesteps - t).abs().argmin().reshape(1)
-        return noised(clean_input, self.sigmas.index_select(0, row).reshape(()), rng)
+        return self._noised_at_nearest(clean_input, timestep, self.timesteps, self.sigmas, rng)
 
 
 def _karras_grid(n: int) -> np.ndarray:
