@@ -101,12 +101,8 @@ def _adopt(transformer: Any) -> None:
 
 def _merged(theirs: Any, ours: Any) -> type:
     """A class that is both: everything from diffusers' but `forward` and what only ours has."""
-    if (theirs, ours) not in _MERGED:
-        _MERGED[theirs, ours] = _merge(theirs, ours)
-    return _MERGED[theirs, ours]
-
-
-def _merge(theirs: Any, ours: Any) -> type:
+    if (theirs, ours) in _MERGED:
+        return _MERGED[theirs, ours]
     namespace: dict[str, Any] = {"forward": ours.forward, "__module__": theirs.__module__, "__doc__": theirs.__doc__}
     if issubclass(ours, AnyFlowModel):
         from diffusers.utils import apply_lora_scale
@@ -115,7 +111,7 @@ def _merge(theirs: Any, ours: Any) -> type:
         namespace["from_config"] = classmethod(theirs.from_config.__func__)
         if hasattr(ours, "build_attention_mask"):
             namespace["build_attention_mask"] = ours.build_attention_mask
-    return type(theirs.__name__, (theirs, ours), namespace)
+    return _MERGED.setdefault((theirs, ours), type(theirs.__name__, (theirs, ours), namespace))
 
 
 def _change_class(module: Any, new: Any) -> None:

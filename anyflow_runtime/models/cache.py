@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -173,17 +173,7 @@ class FarCache:
 
     def layout(self, mode: str, partition: Sequence[int], cached: int = 0) -> FarLayout:
         """The layout of this rollout's first chunks."""
-        base = self._layout
-        return FarLayout(
-            tuple(partition),
-            base.height,
-            base.width,
-            base.patch_size,
-            base.compressed_patch_size,
-            base.full_chunk_limit,
-            mode,
-            cached=cached,
-        )
+        return replace(self._layout, chunk_partition=tuple(partition), mode=mode, cached=cached)
 
     def prompt(self, embedder: Any, text: Tensor, image: Tensor | None) -> PromptKeys:
         """The keys of a prompt, kept for the latest two: a prefill may run under another prompt than the steps."""
