@@ -72,7 +72,7 @@ def test_bad_noise_and_predictors_are_named(config):
 
 
 def test_flow_map_step_refuses_timesteps_out_of_range():
-    with pytest.raises(S.ScheduleError, match=r"r_timestep: .* got -1"):
+    with pytest.raises(S.ScheduleError, match="r_timestep: got -1"):
         S.FlowMapEulerSchedulerConfig().setup().step(torch.ones(1), lambda x, t: x, 500, -1)
 
 

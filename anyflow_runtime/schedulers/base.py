@@ -97,16 +97,23 @@ class StepsConfig(SchedulerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self)
+        for name in ("num_inference_steps", "num_train_timesteps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: got {value!r}, expected an integer")
+            if value < 1:
+                raise ScheduleError(f"{name}: got {value}, expected at least 1")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise ScheduleError(f"shift: got {self.shift!r}, expected a positive number")
 
-    def _check_timesteps(self, name: str, extra: int = 0) -> None:
+    def _check_values(self, name: str, limit: float, extra: int = 0) -> None:
         values, count = getattr(self, name), self.num_inference_steps + extra
         if len(values) != count:
             steps = f"num_inference_steps + {extra}" if extra else "num_inference_steps"
             raise ScheduleError(f"{name}: got {len(values)} values, expected {steps} = {count}")
         for value in values:
-            if not 0 <= value <= self.num_train_timesteps:
-                raise ScheduleError(f"{name}: got {value}, expected values in [0, {self.num_train_timesteps}]")
+            if not 0 <= value <= limit:
+                raise ScheduleError(f"{name}: got {value}, expected values in [0, {limit}]")
 
 
 class Scheduler(nn.Module, ABC):
@@ -252,15 +259,3 @@ def shifted(sigmas: Any, shift: float) -> Any:
 def wan_grid(steps: int, shift: float, num_train_timesteps: int) -> np.ndarray:
     """`steps` float64 sigmas from 1 - 1/N towards 0, shifted; the 0 that ends the schedule is not included."""
     return shifted(np.linspace(1.0 - 1.0 / num_train_timesteps, 0.0, steps + 1)[:-1], shift)
-
-
-def check_steps(config: Any) -> None:
-    """Settings every schedule has: positive integer counts and a positive finite shift."""
-    for name in ("num_inference_steps", "num_train_timesteps"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: got {value!r}, expected an integer")
-        if value < 1:
-            raise ScheduleError(f"{name}: got {value}, expected at least 1")
-    if not (math.isfinite(config.shift) and config.shift > 0):
-        raise ScheduleError(f"shift: got {config.shift!r}, expected a positive number")

@@ -34,7 +34,7 @@ class EulerDiscreteSchedulerConfig(StepsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.fixed_timesteps is not None:
-            self._check_timesteps("fixed_timesteps", extra=1)
+            self._check_values("fixed_timesteps", self.num_train_timesteps, extra=1)
 
 
 class EulerDiscreteScheduler(Scheduler):

@@ -189,7 +189,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
         Args:
             model_output, sample: tensors of one shape.
             timestep: t, a number or tensor.
-            r_timestep: r likewise; None is the next entry of the schedule.  `r == t` changes nothing.
+            r_timestep: r likewise; None is the next entry of the schedule. `r == t` changes nothing.
             return_dict: an output object, or else a 1-tuple.
         Returns:
             The sample at r, in the dtype of `model_output`.
@@ -200,7 +200,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
             raise ValueError("`set_timesteps` has not been called.")
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"model_output: expected the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+                f"model_output: got {tuple(model_output.shape)}, expected the shape of sample, {tuple(sample.shape)}"
             )
         sigma_t, sigma_next = self._sigmas_at(timestep, sample.device)
         if r_timestep is not None:

@@ -21,8 +21,7 @@ from .base import (
     GuidedFlow,
     ScheduleError,
     Scheduler,
-    SchedulerConfig,
-    check_steps,
+    StepsConfig,
     flow_function,
     noised,
     shifted,
@@ -31,46 +30,31 @@ from .base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMapEulerSchedulerConfig(SchedulerConfig):
+class FlowMapEulerSchedulerConfig(StepsConfig):
     """Config of `FlowMapEulerScheduler`; the defaults are those of the released AnyFlow models.
 
     Args:
-        num_inference_steps: number of steps, any from 1.
-        shift: warp of the grid, and of custom sigmas or timesteps.
-        num_train_timesteps: N, timesteps are N * sigma.
-        sigmas: `num_inference_steps` values in [0, 1] to use instead of the grid; a final 0 is added.
+        sigmas: `num_inference_steps` values in [0, 1] to use instead of the grid, then shifted; a final 0 is added.
         timesteps: the same as N * sigma; give at most one of the two.
         use_mean_velocity: False tells the network r = t (instantaneous flow, plain Euler).
-        enable_tqdm: show a progress bar.
+        Others: as `StepsConfig`.
     Raises:
         ScheduleError: at construction, if a count or value does not fit, or both lists are given.
     """
 
     _target: type[FlowMapEulerScheduler] = field(default_factory=lambda: FlowMapEulerScheduler)
-    num_inference_steps: int = 4
-    shift: float = 5.0
-    num_train_timesteps: int = 1000
     sigmas: Sequence[float] | None = None
     timesteps: Sequence[float] | None = None
     use_mean_velocity: bool = True
-    enable_tqdm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self)
         if self.sigmas is not None and self.timesteps is not None:
             raise ScheduleError("sigmas, timesteps: got both, expected at most one of the two")
-        for name, limit in (("sigmas", 1), ("timesteps", self.num_train_timesteps)):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            if len(values) != self.num_inference_steps:
-                raise ScheduleError(
-                    f"{name}: got {len(values)} values, expected num_inference_steps = {self.num_inference_steps}"
-                )
-            for value in values:
-                if not 0 <= value <= limit:
-                    raise ScheduleError(f"{name}: got {value}, expected values in [0, {limit}]")
+        if self.sigmas is not None:
+            self._check_values("sigmas", 1)
+        if self.timesteps is not None:
+            self._check_values("timesteps", self.num_train_timesteps)
 
 
 class FlowMapEulerScheduler(Scheduler):
@@ -123,7 +107,7 @@ class FlowMapEulerScheduler(Scheduler):
         count = self.config.num_train_timesteps
         for name, value in (("timestep", timestep), ("r_timestep", r_timestep)):
             if not (math.isfinite(value) and 0 <= value <= count):
-                raise ScheduleError(f"{name}: expected a value in [0, {count}], got {value}")
+                raise ScheduleError(f"{name}: got {value}, expected a value in [0, {count}]")
         told_r = r_timestep if self.config.use_mean_velocity else timestep
         t, r = (torch.full((), value, dtype=torch.float32, device=sample.device) for value in (timestep, told_r))
         u: Any = flow_function(predict_flow, wants_r=True)(sample, t, r)

@@ -48,7 +48,7 @@ class FlowMatchSchedulerConfig(StepsConfig):
         for t in self.denoising_timesteps:
             if isinstance(t, bool) or not isinstance(t, int):
                 raise TypeError(f"denoising_timesteps: got {t!r}, expected integers")
-        self._check_timesteps("denoising_timesteps")
+        self._check_values("denoising_timesteps", self.num_train_timesteps)
         if not 0.0 <= self.sigma_min < self.sigma_max <= 1.0:
             raise ScheduleError(
                 f"sigma_min, sigma_max: got {self.sigma_min}, {self.sigma_max}, expected 0 <= min < max <= 1"
