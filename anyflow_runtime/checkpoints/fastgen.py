@@ -17,7 +17,6 @@ from .renames import Report, Rule, State, rename_all
 
 PREFIX = "transformer."
 DELTA = "condition_embedder.delta_embedder."
-R_TIME = "r_embedder.time_embedder."
 SHARED_PROJ = "condition_embedder.time_proj."
 R_PROJ = "r_embedder.time_proj."
 

@@ -101,9 +101,7 @@ class CheckpointMixin(nn.Module):
         names = [
             WEIGHTS if count == 1 else WEIGHTS.replace(".", f"-{i + 1:05}-of-{count:05}.", 1) for i in range(count)
         ]
-        with (
-            ExitStack() as whole
-        ):  # names are taken only when all shards are complete: old and new ones may be the same
+        with ExitStack() as whole:  # names are taken when all shards are complete: old and new ones may be the same
             files = [whole.enter_context(whole_file(directory / name)) for name in names]
             for file, shard in zip(files, shards, strict=True):
                 save_file(shard, file, metadata={"format": "pt"})
