@@ -14,7 +14,7 @@ from anyflow_kernels import AttentionPlan, FarLayout
 
 from .base import AnyFlowModel, TransformerOutput
 from .blocks import BlockInputs
-from .checks import check_frames, check_parallel, check_video
+from .checks import check_frame_count, check_parallel, check_video
 from .conditioning import embed_times
 from .prompt_keys import PromptKeys
 
@@ -90,7 +90,7 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         )
         check_parallel(self, hidden_states)
         frames = hidden_states.shape[1]
-        check_frames(hidden_states, timestep, frames, "the video")
+        check_frame_count(hidden_states, timestep, frames, "the video")
         # One chunk at full resolution is the whole video without a mask.
         patch = tuple(self.config.patch_size)
         layout = FarLayout((frames,), hidden_states.shape[3], hidden_states.shape[4], patch, patch)

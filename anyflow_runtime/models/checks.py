@@ -44,7 +44,7 @@ def check_video(
         expect(fits, name, tuple(x.shape), f"(B={shape[0]}, S, {width})")
 
 
-def check_frames(latents: Tensor, times: Tensor, frames: int, chunks: object) -> None:
+def check_frame_count(latents: Tensor, times: Tensor, frames: int, chunks: object) -> None:
     """Raise ValueError unless latents (B, F, C, H, W) and times (B, F) have the frames of `chunks`."""
     shape = tuple(latents.shape)
     expect(shape[1] == frames, "hidden_states", shape, f"F={frames} frames for {chunks}")

@@ -18,7 +18,7 @@ from anyflow_kernels import AttentionPlan, FarLayout, Segment
 from .base import AnyFlowModel, TransformerOutput
 from .blocks import BlockInputs
 from .cache import Context, FarCache
-from .checks import check_cache, check_context, check_frames, check_parallel, check_video, expect
+from .checks import check_cache, check_context, check_frame_count, check_parallel, check_video, expect
 from .conditioning import embed_times
 from .parameters import warm_start_compressed_weight
 from .prompt_keys import CrossAttentionKeys, PromptKeys
@@ -265,7 +265,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
     ) -> Tensor:
         """The velocity of the newest chunk, which sees the cache and itself."""
         frames = partition[-1]
-        check_frames(latents, t, frames, f"the newest of {list(partition)}")
+        check_frame_count(latents, t, frames, f"the newest of {list(partition)}")
         size = tuple(latents.shape[3:])
         expect(size == cache.latent_size, "hidden_states", f"(H, W) = {size}", f"the cache's {cache.latent_size}")
         self.encode_pending(cache)
@@ -332,7 +332,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             )
         layout = self.layout("train", partition, latents.shape[3], latents.shape[4], clean is not None)
         frames, num_compressed = sum(partition), layout.num_compressed_frames
-        check_frames(latents, t, frames, f"chunks {list(partition)}")
+        check_frame_count(latents, t, frames, f"chunks {list(partition)}")
         together = (clean is None) == (clean_t is None)
         expect(together, "clean_timestep", clean_t, "both it and clean_hidden_states, or none")
         if clean is not None and clean_t is not None:
