@@ -35,7 +35,7 @@ class Workspace:
         made_for: what of model and shape must be the same for another rollout to take it; None if none may.
     """
 
-    slabs: Slabs = field(default_factory=list)
+    slabs: Slabs
     graphs: StepGraphs = field(default_factory=StepGraphs)
     prompt: PromptBuffers | None = None
     made_for: Hashable = None
