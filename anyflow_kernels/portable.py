@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .far_layout import AttentionPlan, KeyRanges
-from .operations import FrameMap
+from .formulas import sinusoid, widen
+from .operations import FrameMap, TimestepMLP
 from .patch_embed import patch_embed, unpatchify
-from .reference import dual_timestep_embedding, flow_map_step, widen
 
 __all__ = [
     "dual_timestep_embedding",
@@ -27,16 +27,13 @@ __all__ = [
     "unpatchify",
 ]
 
-
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def far_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One SDPA call per run of queries, on a view of its keys where they are contiguous, else on their
-    concatenation.
-    """
+    """One SDPA call per run of queries, on a view of its keys where contiguous, else on their concatenation."""
     outs, lses = [], []
     k_of, v_of = (_selector(x, plan) for x in (k, v))
     queries = q.split([q_end - q_start for q_start, q_end, _ in plan.ranges], dim=1) if plan.ranges else ()
@@ -188,3 +185,45 @@ def _prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():  # inductor only lowers the operation with a frozen weight
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
+
+
+def dual_timestep_embedding(
+    t: Tensor,
+    delta: Tensor,
+    time_mlp: TimestepMLP,
+    delta_mlp: TimestepMLP,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    gate: float,
+) -> tuple[Tensor, Tensor]:
+    """Both MLPs in fp32 whatever their weights: N is tiny."""
+
+    def embed(times: Tensor, mlp: TimestepMLP) -> Tensor:
+        weight_1, bias_1, weight_2, bias_2 = map(widen, mlp)
+        hidden = F.linear(sinusoid(times, weight_1.shape[1]).to(weight_1.dtype), weight_1, bias_1)
+        return F.linear(F.silu(hidden), weight_2, bias_2)
+
+    rt = (1 - gate) * embed(t, time_mlp) + gate * embed(delta, delta_mlp)
+    return rt, widen(F.linear(F.silu(rt).to(proj_weight.dtype), proj_weight, proj_bias))
+
+
+def flow_map_step(
+    x: Tensor,
+    u: Tensor,
+    sigma_t: Tensor | float,
+    sigma_r: Tensor | float,
+    u_uncond: Tensor | None,
+    guidance: float,
+) -> Tensor:
+    """The difference of the sigmas is taken in float64 and rounded once; two floats need no tensor."""
+    wide, velocity = widen(x), widen(u)
+    if u_uncond is not None:
+        velocity = widen(u_uncond) + guidance * (velocity - widen(u_uncond))
+
+    def level(sigma: Tensor | float) -> Tensor | float:
+        if not isinstance(sigma, Tensor):
+            return sigma
+        return sigma.to(x.device, torch.float64).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+
+    step = level(sigma_t) - level(sigma_r)
+    return (wide - (step.to(wide.dtype) if isinstance(step, Tensor) else step) * velocity).to(x.dtype)

@@ -1,4 +1,5 @@
-"""The `reference` backend: every operation in obvious PyTorch. It is the specification; no kernel imports it.
+"""The `reference` backend: every operation in obvious PyTorch. It is the specification, and a witness: nothing that
+ships imports it, and it shares no formula with what it checks.
 
 Attention runs through flex_attention with a BlockMask built element by element from the plan. flex_attention has no
 backward on a CPU, so a CPU call that needs gradients takes `dense_attention`, the same formula with a dense mask.
@@ -19,9 +20,7 @@ from .operations import FrameMap, TimestepMLP
 
 
 def far_mask(layout: FarLayout) -> Tensor:
-    """The dense mask of a layout, (queries, keys) bool, from each token's kind and chunk alone (not from
-    `key_ranges`).
-    """
+    """The dense mask of a layout, (queries, keys) bool, from each token's kind and chunk (not from `key_ranges`)."""
     kinds = {"compressed": 0, "full": 1, "clean": 2}
     kind = torch.cat([torch.full((s.tokens,), kinds[s.kind]) for s in layout.segments])
     chunk = torch.cat([torch.full((s.tokens,), s.chunk) for s in layout.segments])
@@ -46,9 +45,7 @@ def plan_mask(plan: AttentionPlan, device: torch.device | str = "cpu") -> Tensor
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Masked softmax attention with all scores in memory. q (B, Lq, H, d); returns the output and the LSE (B, H,
-    Lq).
-    """
+    """Masked softmax attention with all scores in memory. q (B, Lq, H, d); the output and the LSE (B, H, Lq)."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     scores = scores.masked_fill(~mask, -math.inf)
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v)

@@ -7,7 +7,9 @@ rounding step. Inputs are strided where the contract allows it; slabs start as N
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -361,7 +363,7 @@ def test_dual_timestep_embedding(dtype: torch.dtype) -> None:
 
 
 def test_dual_timestep_embedding_follows_its_formula() -> None:
-    """Both backends share this code, so float64 is written out here."""
+    """A third witness: float64 from the text."""
     torch.manual_seed(0)
     args = {name: widen(value) for name, value in time_args(torch.float32).items()}
 
@@ -428,7 +430,7 @@ def test_unpatchify(patch: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("guidance", [None, 1.0, 4.5], ids=str)
 @pytest.mark.parametrize("shape", [None, (), (2,), (2, 3)], ids=["float", "0-d", "B", "BF"])
 def test_flow_map_step(shape: tuple[int, ...] | None, guidance: float | None, dtype: torch.dtype) -> None:
-    """Both backends share this code, so the formula is written out here."""
+    """A third witness: float64 from the text."""
     torch.manual_seed(0)
     x, u, u_uncond = (strided(2, 3, 4, 5, 6, dtype=dtype) for _ in range(3))
     sigma_t, sigma_r = (0.9, 0.35) if shape is None else torch.rand(2, *shape).unbind(0)
@@ -603,3 +605,13 @@ def test_reference_layer_norm_is_torchs() -> None:
     x, weight, bias = torch.randn(2, 13, 37).double(), torch.randn(37).double(), torch.randn(37).double()
     y = REFERENCE.gated_residual_layer_norm(x, FRAME_MAP, weight=weight, bias=bias)[1]
     assert relative_error(y, F.layer_norm(x, (37,), weight, bias, 1e-6)) < 1e-14
+
+
+def test_nothing_that_ships_imports_the_reference() -> None:
+    """It is named by `load_ops`, which imports it when asked, and by `testing`."""
+    packages = [Path(anyflow_kernels.__file__).parent, Path(anyflow_kernels.__file__).parent.parent / "anyflow_runtime"]
+    importing = re.compile(
+        r"^\s*(from .*\breference\b import|from .* import .*\breference\b|import .*\breference\b)", re.M
+    )
+    named = {path for package in packages for path in package.rglob("*.py") if importing.search(path.read_text())}
+    assert {path.parent.name for path in named} == {"testing"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow_kernels import Ops, TimestepMLP
-from anyflow_kernels.reference import sinusoid
+from anyflow_kernels.formulas import sinusoid
 
 from .layers import ImageEmbedding, TextProjection, TimestepEmbedding
 from .parameters import is_plain, parameter_dtype

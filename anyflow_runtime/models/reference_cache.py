@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from anyflow_kernels import FarLayout
-from anyflow_kernels.reference import rotate
+from anyflow_kernels.formulas import rotate
 
 from .cache import Context, FarCache, FarModel
 from .prompt_keys import PromptKeys

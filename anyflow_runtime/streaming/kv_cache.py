@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyflow_kernels.reference import rotate
+from anyflow_kernels.formulas import rotate
 
 from ..errors import LifecycleError
 
