@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from anyflow_kernels.testing.budget import relative_error
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 
-FP32_TOLERANCE = 2e-5  # bound on every path: some 170 epsilons of fp32
+__all__ = ["FP32_TOLERANCE", "model_pair", "prompt_inputs", "random_config", "reference_cache", "relative_error"]
 
-
-def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| in float64; NaN if anything is."""
-    out, ref = out.double(), ref.double()
-    return float((out - ref).norm() / ref.norm().clamp_min(1e-300))
+FP32_TOLERANCE = 2e-5  # of every path, relative, against diffusers' model with the same weights
 
 
 def random_config(seed: int, causal: bool) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from anyflow_kernels import TimestepMLP, triton_ops
-from tests.triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
+
+from .triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
 
 SHAPES = [(1, 8, 2), (3, 24, 16), (6, 130, 64), (2, 48, 256)]  # N, D, freq_dim
 

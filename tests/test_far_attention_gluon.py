@@ -17,9 +17,11 @@ from torch import Tensor
 
 from anyflow_kernels import AttentionPlan, FarLayout, launch_configs
 from anyflow_kernels.reference import plan_mask
+from anyflow_kernels.testing.budget import check, widened
 from anyflow_kernels.triton_ops import far_attention_gluon as gluon_module
 from anyflow_kernels.triton_ops.tile_schedule import Schedule, encode, query_schedule
-from tests.triton_checks import DEVICE, REFERENCE, assert_within_budget, widen
+
+from .triton_checks import DEVICE, REFERENCE
 
 BLOCK_N, HEAD_DIM = 32, 16
 DEADLOCK_SECONDS = 20.0
@@ -271,9 +273,9 @@ def tensors(plan: AttentionPlan, dtype=torch.bfloat16) -> list[Tensor]:
 def assert_matches(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
     k, v = k.nan_to_num(), v.nan_to_num()
     low = REFERENCE.far_attention(q, k, v, plan, return_lse=True)
-    high = REFERENCE.far_attention(*widen((q, k, v)), plan, return_lse=True)
+    high = REFERENCE.far_attention(*widened((q, k, v)), plan, return_lse=True)
     for name, got, a, b in zip(("out", "lse"), (out, lse), low, high, strict=True):
-        assert_within_budget(name, got, a, b)
+        check(name, got, a, b)
 
 
 @pytest.mark.parametrize("stages", [2, 3])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anyflow_kernels import AttentionPlan, FarLayout, launch_configs
 from anyflow_kernels.reference import far_mask, plan_mask
+from anyflow_kernels.testing.budget import check, relative_error, widened
 from anyflow_kernels.triton_ops.tile_schedule import (
     Schedule,
     decode,
@@ -21,18 +22,8 @@ from anyflow_kernels.triton_ops.tile_schedule import (
     query_schedule,
     transpose,
 )
-from tests.triton_checks import (
-    DEVICE,
-    OPCHECKS,
-    REFERENCE,
-    TRITON,
-    assert_within_budget,
-    compare,
-    count_compilations,
-    poisoned_memory,
-    relative_error,
-    widen,
-)
+
+from .triton_checks import DEVICE, OPCHECKS, REFERENCE, TRITON, compare, count_compilations, poisoned_memory
 
 forward = importlib.import_module("anyflow_kernels.triton_ops.far_attention")
 backward = importlib.import_module("anyflow_kernels.triton_ops.far_attention_backward")
@@ -72,7 +63,7 @@ def configs(**changes: object) -> tuple[launch_configs.AttentionConfig, ...]:
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, seed: Tensor | None = None) -> list[Tensor]:
     """Output and lse in float64 and, with a seed, the gradients."""
-    q, k, v = widen((q, k, v))
+    q, k, v = widened((q, k, v))
     out, lse = REFERENCE.far_attention(q, k, v, plan, return_lse=True)
     return [out, lse, *(torch.autograd.grad(out, (q, k, v), seed.double()) if seed is not None else ())]
 
@@ -139,7 +130,7 @@ def test_split_keys_merge_to_the_same_result(phantom_keys):
         got = forward.launch_forward(q, k, v, flat, phantom_keys, 0.25, config)
     for name, out, high in zip(("out", "lse"), got, oracle(q, k, v, plan), strict=True):
         low = REFERENCE.far_attention(q, k, v, plan, return_lse=True)[name == "lse"]
-        assert_within_budget(name, out, low, high)
+        check(name, out, low, high)
 
 
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])

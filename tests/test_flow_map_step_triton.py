@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import triton_ops
-from tests.triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
+
+from .triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Noise levels: floats, and device tensors of every shape of the contract, fp32 and fp64, also as an expanded view.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from anyflow_kernels import TimestepMLP
-from tests.launch_counting import LaunchCounter
-from tests.triton_checks import DEVICE, TRITON
+
+from .launch_counting import LaunchCounter
+from .triton_checks import DEVICE, TRITON
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from anyflow_kernels import launch_configs, triton_ops
-from tests.triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
+
+from .triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
 
 SHAPES = [((1,), 1, 1), ((3, 11), 24, 37), ((2, 3, 7), 16, 260)]  # leading sizes, K, N
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import triton_ops
-from tests.triton_checks import (
-    DEVICE,
-    OPCHECKS,
-    REFERENCE,
-    TRITON,
-    assert_within_budget,
-    compare,
-    count_compilations,
-    poisoned_memory,
-    widen,
-)
+from anyflow_kernels.testing.budget import check, widened
+
+from .triton_checks import DEVICE, OPCHECKS, REFERENCE, TRITON, compare, count_compilations, poisoned_memory
 
 # (B, L, H, d): smallest; ragged with d no power of two; d = 24, 44; the released models' heads.
 SHAPES = [(1, 1, 1, 2), (2, 7, 3, 12), (2, 5, 2, 24), (1, 3, 5, 44), (1, 2, 12, 128), (1, 1, 40, 128)]
@@ -68,10 +60,10 @@ def test_appends_at_the_offset_and_nowhere_else(shape, dtype, transposed):
     k, v = slabs(args, length + 5, transposed)
     with poisoned_memory():
         q = TRITON.qk_norm_rope_append(*args, k, v, offset)
-    low, high = REFERENCE.qk_norm_rope_append(*args), REFERENCE.qk_norm_rope_append(*widen(args))
+    low, high = REFERENCE.qk_norm_rope_append(*args), REFERENCE.qk_norm_rope_append(*widened(args))
     window = slice(offset, offset + length)
     for name, got, i in (("q", q, 0), ("k", k[:, window], 1), ("v", v[:, window], 2)):
-        assert_within_budget(name, got, low[i], high[i])
+        check(name, got, low[i], high[i])
     for slab in (k, v):
         assert slab[:, :offset].isnan().all() and slab[:, offset + length :].isnan().all()
 
@@ -132,7 +124,7 @@ def test_rejects_overflow():
 
 def test_rejects_float64():
     with pytest.raises(TypeError, match=r"qkv\.dtype"):
-        TRITON.qk_norm_rope_append(*widen(inputs(1, 2, 2, 12)))
+        TRITON.qk_norm_rope_append(*widened(inputs(1, 2, 2, 12)))
 
 
 def test_opcheck():

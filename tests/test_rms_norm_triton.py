@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from anyflow_kernels import triton_ops
-from tests.triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
+
+from .triton_checks import DEVICE, OPCHECKS, TRITON, compare, count_compilations, poisoned_memory
 
 SHAPES = [(1, 1), (3, 37), (2, 9, 48), (2, 3, 2, 130), (2, 1536), (1, 5120)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

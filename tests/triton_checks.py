@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels share: backends, error budgets, poisoned memory, recompilation counts."""
+"""What the tests of the Triton kernels share: backends, comparison, poisoned memory, recompilation counts."""
 
 from __future__ import annotations
 
@@ -11,49 +11,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from anyflow_kernels import load_ops
+from anyflow_kernels.testing.budget import check, leaves, widened
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON, REFERENCE = load_ops("triton"), load_ops("reference")
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-def relative_error(out: Tensor, high: Tensor) -> float:
-    """||out - high|| / ||high|| in float64; NaN if anything is."""
-    return float(
-        (out.detach().double() - high.detach().double()).norm() / high.detach().double().norm().clamp_min(1e-300)
-    )
-
-
-def assert_within_budget(name: str, out: Tensor, low: Tensor, high: Tensor) -> None:
-    """Error against float64 (`high`) <= 2 x that of the same-dtype reference (`low`) + one rounding step of the dtype.
-
-    The interpreter's cast to bf16 truncates, so the step is a full one, `finfo.eps`.
-    """
-    assert out.shape == high.shape, f"{name}: got {tuple(out.shape)}, expected {tuple(high.shape)}"
-    assert out.dtype == low.dtype, f"{name}: got {out.dtype}, expected {low.dtype}"
-    error, budget = relative_error(out, high), 2 * relative_error(low, high) + torch.finfo(out.dtype).eps
-    assert error <= budget, f"{name}: error {error:.3e} against float64, budget {budget:.3e}"
-
-
-def widen(value: Any) -> Any:
-    """Floating-point tensors to float64 (fresh leaves, same requires_grad), also within tuples and dicts."""
-    if isinstance(value, Tensor):
-        return value.detach().double().requires_grad_(value.requires_grad)
-    if isinstance(value, tuple):
-        parts = [widen(v) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, dict):
-        return {k: widen(v) for k, v in value.items()}
-    return value
-
-
-def leaves(value: Any) -> list[Tensor]:
-    """The tensors that require a gradient, in order."""
-    if isinstance(value, Tensor):
-        return [value] if value.requires_grad else []
-    if isinstance(value, (tuple, list)):
-        return [leaf for v in value for leaf in leaves(v)]
-    return leaves(tuple(value.values())) if isinstance(value, dict) else []
 
 
 def compare(operation: str, args: tuple, kwargs: dict[str, Any] | None = None, gradients: bool = False) -> None:
@@ -63,7 +25,7 @@ def compare(operation: str, args: tuple, kwargs: dict[str, Any] | None = None, g
     for ops, (a, k) in (
         (TRITON, (args, kwargs)),
         (REFERENCE, (args, kwargs)),
-        (REFERENCE, (widen(args), widen(kwargs))),
+        (REFERENCE, widened((args, kwargs))),
     ):
         out = getattr(ops, operation)(*a, **k)
         out = out if isinstance(out, tuple) else (out,)
@@ -77,7 +39,7 @@ def compare(operation: str, args: tuple, kwargs: dict[str, Any] | None = None, g
         results.append((out, grads))
     for kind, index in (("output", 0), ("gradient", 1)):
         for i, (got, low, high) in enumerate(zip(*(r[index] for r in results), strict=True)):
-            assert_within_budget(f"{operation} {kind} {i}", got, low, high)
+            check(f"{operation} {kind} {i}", got, low, high)
 
 
 @contextmanager

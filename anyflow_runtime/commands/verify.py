@@ -1,9 +1,9 @@
 """Check every operation and both models on this machine's backends.
 
-Each backend is compared with float64 and with the reference backend: errors are relative, and the error against float64
-may be twice the reference's own in the same dtype plus one rounding step of it (two for gradients, which are checked as
-well). Exit code 1 if anything is outside its budget. With TRITON_INTERPRET=1 the triton backend is checked on a CPU at
-tiny shapes.
+Each backend is compared with float64 and with the reference backend. Errors are relative, of the whole and of the worst
+row; against float64 each may be twice the reference's own in the same dtype plus one rounding step of it (two for a
+row; twice as many for gradients). Exit code 1 if anything is outside its budget. With TRITON_INTERPRET=1 the triton
+backend is checked on a CPU at tiny shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from ..verification.verdicts import Verdict
 
 _HEADER = (
-    f"{'operation':35}{'shape':59}{'dtype':10}{'backend':10}{'error':>9}{'reference':>11}{'between':>9}{'budget':>9}"
+    f"{'operation':35}{'shape':59}{'dtype':10}{'backend':10}{'error':>9}{'budget':>9}{'worst row':>11}{'budget':>9}"
+    f"{'reference':>11}{'between':>9}"
 )
 
 
@@ -124,8 +125,8 @@ def _row(v: Verdict) -> str:
     text = f"{v.subject:35}{v.shape:59}{v.dtype:10}{v.backend:10}"
     if v.problem:
         return f"{text}  FAILED: {v.problem}"
-    numbers = f"{v.error:9.1e}{v.reference_error:11.1e}{v.difference:9.1e}{v.budget:9.1e}"
-    return f"{text}{numbers}  {'ok' if v.ok else 'FAILED'}"
+    judged = f"{v.error:9.1e}{v.budget:9.1e}{v.row_error:11.1e}{v.row_budget:9.1e}"
+    return f"{text}{judged}{v.reference_error:11.1e}{v.difference:9.1e}  {'ok' if v.ok else 'FAILED'}"
 
 
 def _device_name(device: torch.device) -> str:

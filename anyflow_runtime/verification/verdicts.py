@@ -1,19 +1,18 @@
-"""One operation or model on one backend against float64: errors, budget, verdict.
+"""One operation or model on one backend against float64: errors, budgets, verdict.
 
-Budget: the error against float64 may be twice that of the reference backend in the same dtype, plus one rounding step;
-two steps for a gradient, which has a way there and a way back.
+The law is `anyflow_kernels.testing.budget`'s, with two rounding steps for a gradient: a way there and a way back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops, load_ops
+from anyflow_kernels.testing.budget import judge, map_tensors, relative_error
 from anyflow_kernels.testing.cases import OperationCase, Random
 from anyflow_kernels.testing.float64_oracle import oracle_ops
 
@@ -24,31 +23,33 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A line of the table. Errors are relative, in the Frobenius norm, those of the worst result.
+    """A line of the table: the errors of the worst result, relative, whole and of its worst row.
 
     Args:
         subject: operation or model; "backward" after it for its gradients.
         shape, dtype, backend: of the run.
-        error: of the backend against float64.
+        error, row_error: of the backend against float64.
         reference_error: of the reference backend in the same dtype against float64.
         difference: between the two backends.
-        budget: what `error` may be.
-        problem: why it failed other than by its error, or "".
+        budget, row_budget: what `error` and `row_error` may be.
+        problem: why it failed other than by its errors, or "".
     """
 
     subject: str
     shape: str
     dtype: str
     backend: str
-    error: float
-    reference_error: float
-    difference: float
-    budget: float
+    error: float = float("nan")
+    row_error: float = float("nan")
+    reference_error: float = float("nan")
+    difference: float = float("nan")
+    budget: float = float("nan")
+    row_budget: float = float("nan")
     problem: str = ""
 
     @property
     def ok(self) -> bool:
-        return not self.problem and self.error <= self.budget
+        return not self.problem and self.error <= self.budget and self.row_error <= self.row_budget
 
 
 def verify_operation(
@@ -93,11 +94,11 @@ def _run_operation(
     random = Random(0, dtype, device)
     inputs = case.make(random)
     if wide:
-        inputs = _map_tensors(inputs, lambda tensor: tensor.double())
+        inputs = map_tensors(torch.Tensor.double, inputs)
     leaves: list[Tensor] = []
     if backward:
         for name in case.differentiable:
-            inputs[name] = _map_tensors(inputs[name], lambda tensor: _leaf(tensor, leaves))
+            inputs[name] = map_tensors(lambda tensor: _leaf(tensor, leaves), inputs[name])
     with torch.set_grad_enabled(backward):
         out = getattr(ops, case.operation)(**inputs)
     outs = list(out) if isinstance(out, tuple) else [out]
@@ -114,42 +115,20 @@ def _leaf(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
     return leaves[-1]
 
 
-def _map_tensors(value: Any, function: Any) -> Any:
-    """Apply a function to the floating-point tensors of nested tuples and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: _map_tensors(part, function) for name, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [_map_tensors(part, function) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
-
-
 def _judge(run: tuple[str, str, str, str], got: Results, low: Results, high: Results) -> Verdict:
     verdicts = [_judge_one(run, name, got[name], low[name], high[name]) for name in high]
-    return max(verdicts, key=lambda v: (not v.ok, v.error / v.budget))
+    return max(verdicts, key=lambda v: (not v.ok, max(v.error / v.budget, v.row_error / v.row_budget)))
 
 
 def _judge_one(run: tuple[str, str, str, str], name: str, got: Tensor, low: Tensor, high: Tensor) -> Verdict:
-    nan = float("nan")
-    if got.shape != high.shape or got.dtype != low.dtype:
-        problem = f"{name}: got {tuple(got.shape)} {got.dtype}, expected {tuple(high.shape)} {low.dtype}"
-        return Verdict(*run, nan, nan, nan, nan, problem)
-    if not torch.equal(got.isnan(), high.isnan()):  # slabs start as NaN: it also shows what was written or left out
-        return Verdict(*run, nan, nan, nan, nan, f"{name}: NaN in other places than in float64")
-    got, low, high = (tensor.detach().double().nan_to_num(nan=0.0) for tensor in (got, low, high))
-    reference_error = _relative(low, high)
     steps = 2 if name.startswith("gradient") else 1
-    rounding = steps * torch.finfo(getattr(torch, run[2])).eps
-    return Verdict(*run, _relative(got, high), reference_error, _relative(got, low), 2 * reference_error + rounding)
-
-
-def _relative(out: Tensor, ref: Tensor) -> float:
-    return float((out - ref).norm() / ref.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    found = judge(name, got, low, high, steps, getattr(torch, run[2]))
+    if found.problem:
+        return Verdict(*run, problem=found.problem)
+    difference = relative_error(got.nan_to_num(nan=0.0), low.nan_to_num(nan=0.0))
+    return Verdict(*run, *found.errors, found.reference.whole, difference, *found.budget)
 
 
 def _failed(run: tuple[str, str, str, str], error: Exception) -> Verdict:
-    nan = float("nan")
     message = " ".join(str(error).split())[:200]
-    return Verdict(*run, nan, nan, nan, nan, f"{type(error).__name__}: {message}")
+    return Verdict(*run, problem=f"{type(error).__name__}: {message}")
