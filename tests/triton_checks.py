@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from anyflow_kernels import load_ops
-from anyflow_kernels.testing.budget import check, leaves, widened
+
+from . import operation_checks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON, REFERENCE = load_ops("triton"), load_ops("reference")
@@ -20,26 +21,8 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 def compare(operation: str, args: tuple, kwargs: dict[str, Any] | None = None, gradients: bool = False) -> None:
     """Outputs of an operation on `triton` (and gradients of every leaf) within the budget of `reference`."""
-    kwargs = kwargs or {}
-    results = []
-    for ops, (a, k) in (
-        (TRITON, (args, kwargs)),
-        (REFERENCE, (args, kwargs)),
-        (REFERENCE, widened((args, kwargs))),
-    ):
-        out = getattr(ops, operation)(*a, **k)
-        out = out if isinstance(out, tuple) else (out,)
-        grads: Sequence[Tensor] = ()
-        if gradients:
-            generator = torch.Generator().manual_seed(7)
-            seeds = [torch.randn(o.shape, generator=generator).to(o.device, torch.bfloat16).to(o.dtype) for o in out]
-            # A seed per output, exact in bf16; strided, as a slice of a wider gradient would be.
-            seeds = [torch.stack([s, s], dim=1).select(1, 0) for s in seeds]
-            grads = torch.autograd.grad(out, leaves((a, k)), seeds)
-        results.append((out, grads))
-    for kind, index in (("output", 0), ("gradient", 1)):
-        for i, (got, low, high) in enumerate(zip(*(r[index] for r in results), strict=True)):
-            check(f"{operation} {kind} {i}", got, low, high)
+    names = inspect.signature(getattr(TRITON, operation)).parameters
+    operation_checks.compare(TRITON, operation, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, gradients)
 
 
 @contextmanager
