@@ -1,13 +1,12 @@
 """What a module of Triton kernels tells `anyflow_kernels.aot`: which kernels to compile, for which arguments.
 
 Each module of `triton_ops` has a function `aot_cases(arch: int) -> list[AotCase]`: its kernels, forward and backward,
-at the shapes of the released models, with the launch parameters that `launch_configs` holds for that architecture (80,
-89, 90, 100).
+at the shapes of the released models, with the launch parameters that `launch_configs` holds for that architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,15 +27,12 @@ class AotCase:
         arguments: type of every run-time argument by name: "*bf16", "i32", "i64", "fp32", "tensordesc<bf16[128,64]>"
             (in Gluon "tensordesc<bf16[128,64],LAYOUT>").
         constexprs: value of every `tl.constexpr` by name, and of every run-time argument that is 1 or None at this
-            shape (a
-            launch specialises those to constants as well).
+            shape (a launch specialises those to constants as well).
         num_warps, num_stages: launch parameters.
-        tensor_cores: the kernel multiplies matrices: the check wants tensor-core instructions and no dot product in
-            FMA.
+        tensor_cores: the kernel multiplies matrices: the check wants tensor-core instructions and no product in FMA.
         requires: a tensor-core instruction that must be among them, such as "HGMMA".
         divisible: names of integer arguments that are multiples of 16 at this shape, as a launch would find out.
-            Pointers
-            always count as 16-byte aligned.
+            Pointers always count as 16-byte aligned.
         options: further compile options, such as `maxnreg`.
     """
 
@@ -54,3 +50,25 @@ class AotCase:
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__).strip("_")
+
+
+def argument_types(kernel: Any, dtype: str, fp32: Sequence[str] = (), absent: Sequence[str] = ()) -> dict[str, str]:
+    """Types of a kernel's run-time arguments by name, for `AotCase`.
+
+    Pointers (named `*_ptr`) have `dtype` unless named in `fp32`; other arguments are i32 unless named in `fp32`.
+    `absent` ones are left out: they are constants at this shape.
+    """
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name in absent:
+            continue
+        is_pointer = name.endswith("_ptr")
+        plain = "fp32" if name in fp32 else (dtype if is_pointer else "i32")
+        types[name] = "*" + plain if is_pointer else plain
+    return types
+
+
+def stride_names(kernel: Any, absent: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of a kernel's stride arguments, multiples of 16 at the released models' shapes."""
+    return tuple(p.name for p in kernel.params if "_stride_" in p.name and p.name not in absent)

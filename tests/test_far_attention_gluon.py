@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 from torch import Tensor
+from triton.language import constexpr
 
 from anyflow_kernels import AttentionPlan, FarLayout, launch_configs
 from anyflow_kernels.reference import plan_mask
@@ -174,7 +175,6 @@ class Machine:
             "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: Product(a, b, acc, use_acc),
             "warpgroup_mma_wait": self.wait_products,
             "fence_async_shared": lambda: None,
-            "ROWS": 64,
         }
 
     @staticmethod
@@ -224,7 +224,7 @@ class Machine:
 
     def run(self, **arguments) -> None:
         """The kernel, its helpers and this machine's words in one namespace."""
-        names = dict(vars(gluon_module)) | self.names()
+        names = {n: x.value if isinstance(x, constexpr) else x for n, x in vars(gluon_module).items()} | self.names()
         for name in ("_load_tiles", "_attend", "_mask_seen", "_far_attention_gluon_kernel"):
             names[name] = types.FunctionType(getattr(gluon_module, name).fn.__code__, names)
         names["_far_attention_gluon_kernel"](**arguments)
@@ -243,7 +243,7 @@ def run_kernel(q, k, v, schedule: Schedule, scale: float, stages: int) -> tuple[
             **{name: Pointer(x.view(-1)) for name, x in pointers.items()},
             heads=heads,
             num_queries=length,
-            scale_log2=scale / gluon_module.LN2,
+            scale_log2=scale / gluon_module.LN2.value,
             HEAD_DIM=width,
             BLOCK_N=BLOCK_N,
             STAGES=stages,

@@ -14,6 +14,7 @@ from torch import Tensor
 from anyflow_kernels import AttentionPlan, FarLayout, launch_configs
 from anyflow_kernels.reference import far_mask, plan_mask
 from anyflow_kernels.testing.budget import check, relative_error, widened
+from anyflow_kernels.triton_ops.attention_tiles import describable
 from anyflow_kernels.triton_ops.tile_schedule import (
     Schedule,
     decode,
@@ -156,10 +157,10 @@ def test_slab_values_outside_the_ranges_are_never_used(descriptors):
 def test_descriptors_only_where_tma_can_address():
     """TMA wants 16-byte aligned bases and strides; anything else must take the pointer kernel."""
     x = torch.zeros(1, 8, 2, 24, dtype=torch.bfloat16)
-    assert forward.describable(x)
-    assert not forward.describable(torch.zeros(1, 8, 2, 12, dtype=torch.bfloat16))  # 24 bytes from head to head
-    assert not forward.describable(x[..., 1:9])  # base off by 2 bytes
-    assert not forward.describable(x[:1].expand(2, 8, 2, 24))  # the same batch twice
+    assert describable(x)
+    assert not describable(torch.zeros(1, 8, 2, 12, dtype=torch.bfloat16))  # 24 bytes from head to head
+    assert not describable(x[..., 1:9])  # base off by 2 bytes
+    assert not describable(x[:1].expand(2, 8, 2, 24))  # the same batch twice
 
 
 def test_gradient_of_a_sum():

@@ -27,10 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types
 from ..launch_configs import GemvTile, architecture, gemv_tile
 from ..operations import TimestepMLP
-from .frame_tiles import argument_types
 
 FREQ_DIM = 256  # of the released models
 

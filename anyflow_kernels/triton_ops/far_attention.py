@@ -11,7 +11,6 @@ Source: FlashAttention-2 (arXiv 2307.08691); stream-K (arXiv 2301.03598) for the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,70 +22,20 @@ from torch import Tensor
 from .. import launch_configs
 from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
-from .tile_schedule import Schedule, decode, encode, query_schedule
-
-LN2 = math.log(2.0)
-
-
-@triton.jit
-def load_rows(
-    x,
-    i_b,
-    i_h,
-    first,
-    end,
-    stride_b,
-    stride_l,
-    stride_h,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EDGE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):
-    """Rows first to first + ROWS of one head; zero beyond column HEAD_DIM and, if EDGE, from row `end` on."""
-    if DESCRIPTORS:
-        tile = x.load([i_b, i_h, first, 0]).reshape(ROWS, BLOCK_D)
-        if EDGE:
-            tile = tl.where((first + tl.arange(0, ROWS) < end)[:, None], tile, 0.0)
-    else:
-        rows = tl.arange(0, ROWS)
-        columns = tl.arange(0, BLOCK_D)
-        first_wide = tl.full([], 0, tl.int64) + first  # the interpreter's loop variables are Python integers
-        base = x + i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h + first_wide * stride_l
-        pointers = base + (rows.to(tl.int64)[:, None] * stride_l + columns[None, :])
-        inside = (columns < HEAD_DIM)[None, :]
-        if EDGE:
-            tile = tl.load(pointers, mask=(first + rows < end)[:, None] & inside, other=0.0)
-        elif HEAD_DIM < BLOCK_D:
-            tile = tl.load(pointers, mask=inside, other=0.0)
-        else:
-            tile = tl.load(pointers)
-    return tile  # [ROWS, BLOCK_D]
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32; acc may be None."""
-    if PRECISION == "ieee":
-        # Only the interpreter's rows say so: it would multiply the bits of bf16 operands. Widening them is exact.
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _softmax_step(acc, denominator, maximum, q, k, v, scale_log2, valid, EDGE: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of keys: the running maximum is of the scaled logits in base 2."""
-    scores = dot(q, k.T, None, PRECISION)  # [BLOCK_M, BLOCK_N]
-    if EDGE:
-        scores = tl.where(valid[None, :], scores, -float("inf"))
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
-    p = tl.exp2(scores * scale_log2 - new_maximum[:, None])
-    correction = tl.exp2(maximum - new_maximum)
-    denominator = denominator * correction + tl.sum(p, 1)
-    acc = dot(p.to(v.dtype), v, acc * correction[:, None], PRECISION)
-    return acc, denominator, new_maximum
+from .attention_tiles import LN2, describable, describe, load_rows, merge, row_strides, softmax_step
+from .tile_schedule import (
+    END,
+    FIRST_RANGE,
+    HEAD,
+    ITEM,
+    PHANTOM_KEYS,
+    RANGES,
+    SLOT,
+    START,
+    decode,
+    encode,
+    query_schedule,
+)
 
 
 # Lengths are not specialised: one that happens to be a multiple of 16 would compile the kernel again mid-rollout.
@@ -124,14 +73,14 @@ def _far_attention_forward_kernel(
     program = tl.program_id(0)
     # Hoisting what the epilogue needs out of this loop would hold 30 to 60 registers through the inner one.
     for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
-        item = items_ptr + i * 7
-        i_bh = tl.load(item)
-        q_start = tl.load(item + 1)
-        q_end = tl.load(item + 2)
-        slot = tl.load(item + 3)
-        phantom_keys = tl.load(item + 4)
-        first_range = tl.load(item + 5)
-        last_range = first_range + tl.load(item + 6)
+        item = items_ptr + i * ITEM
+        i_bh = tl.load(item + HEAD)
+        q_start = tl.load(item + START)
+        q_end = tl.load(item + END)
+        slot = tl.load(item + SLOT)
+        phantom_keys = tl.load(item + PHANTOM_KEYS)
+        first_range = tl.load(item + FIRST_RANGE)
+        last_range = first_range + tl.load(item + RANGES)
         i_b = i_bh // heads
         i_h = i_bh % heads
 
@@ -155,7 +104,7 @@ def _far_attention_forward_kernel(
                     v, i_b, i_h, n, k_end, stride_vb, stride_vl, stride_vh,
                     BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
                 )  # fmt: skip
-                acc, denominator, maximum = _softmax_step(
+                acc, denominator, maximum = softmax_step(
                     acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, None, False, PRECISION
                 )
             if k_full < k_end:
@@ -169,12 +118,12 @@ def _far_attention_forward_kernel(
                     BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
                 )  # fmt: skip
                 valid = k_full + tl.arange(0, BLOCK_N) < k_end
-                acc, denominator, maximum = _softmax_step(
+                acc, denominator, maximum = softmax_step(
                     acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, valid, True, PRECISION
                 )
 
         acc = acc / denominator[:, None]
-        lse = maximum * 0.6931471805599453 + tl.log(denominator)
+        lse = maximum * LN2 + tl.log(denominator)
         rows = tl.arange(0, BLOCK_M)
         columns = tl.arange(0, BLOCK_D)
         if slot < 0:
@@ -189,53 +138,6 @@ def _far_attention_forward_kernel(
             partial_pointers = partial_tile + (rows[:, None] * HEAD_DIM + columns[None, :])
             tl.store(partial_pointers, acc, mask=(columns < HEAD_DIM)[None, :])
             tl.store(partial_lse_ptr + slot.to(tl.int64) * BLOCK_M + rows, lse)
-
-
-@triton.jit(do_not_specialize=["num_queries"])
-def _far_attention_merge_kernel(
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    merges_ptr,
-    heads,
-    num_queries,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Partial results of one tile, weighted by exp(lse_part - lse)."""
-    merge = merges_ptr + tl.program_id(0) * 5
-    i_bh = tl.load(merge)
-    q_start = tl.load(merge + 1)
-    q_end = tl.load(merge + 2)
-    slot = tl.load(merge + 3).to(tl.int64)
-    slots = tl.load(merge + 4)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_D)
-    inside = (columns < HEAD_DIM)[None, :]
-
-    lse_pointers = partial_lse_ptr + slot * BLOCK_M + rows
-    pointers = partial_ptr + slot * (BLOCK_M * HEAD_DIM) + (rows[:, None] * HEAD_DIM + columns[None, :])
-    maximum = tl.load(lse_pointers)
-    acc = tl.load(pointers, mask=inside, other=0.0)
-    denominator = tl.full([ROWS], 1.0, tl.float32)
-    for part in range(1, slots):
-        lse = tl.load(lse_pointers + part * BLOCK_M)
-        new_maximum = tl.maximum(maximum, lse)
-        correction = tl.exp(maximum - new_maximum)
-        weight = tl.exp(lse - new_maximum)
-        denominator = denominator * correction + weight
-        partial = tl.load(pointers + part * (BLOCK_M * HEAD_DIM), mask=inside, other=0.0)
-        acc = acc * correction[:, None] + partial * weight[:, None]
-        maximum = new_maximum
-
-    written = q_start + rows < q_end
-    base = out_ptr + (((i_bh // heads).to(tl.int64) * num_queries + q_start) * heads + i_bh % heads) * HEAD_DIM
-    out_pointers = base + (rows[:, None] * (heads * HEAD_DIM) + columns[None, :])
-    tl.store(out_pointers, (acc / denominator[:, None]).to(out_ptr.dtype.element_ty), mask=written[:, None] & inside)
-    tl.store(lse_ptr + i_bh.to(tl.int64) * num_queries + q_start + rows, maximum + tl.log(denominator), mask=written)
 
 
 FORWARD = "anyflow::far_attention"
@@ -275,7 +177,7 @@ def _forward(
 
 
 def _is_dense(flat: tuple[int, ...], num_keys: int) -> bool:
-    return all(flat[i + 1 : i + 7] == (0, num_keys, 0, 0, 0, 0) for i in range(0, len(flat), 7))
+    return all(ranges == ((0, num_keys),) for _, _, ranges in decode(flat))
 
 
 def _library_forward(library: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -328,12 +230,12 @@ def launch_forward(
         schedule.starts,
         schedule.items,
         schedule.ranges,
-        *strides(q),
-        *strides(k),
-        *strides(v),
+        *row_strides(q),
+        *row_strides(k),
+        *row_strides(v),
         heads,
         num_queries,
-        scale / LN2,
+        scale / LN2.value,
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_M=config.block_m,
@@ -345,49 +247,6 @@ def launch_forward(
     )
     merge(out, lse, partial, partial_lse, schedule, config.block_m)
     return out, lse
-
-
-MERGE_ROWS = 16  # a warp per few rows: short programs that fill the GPU
-
-
-def merge(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedule: Schedule, block_m: int) -> None:
-    """Write the tiles whose keys were split, from their partial results."""
-    if schedule.slots == 0:
-        return
-    _far_attention_merge_kernel[(schedule.merges.shape[0], block_m // MERGE_ROWS)](
-        out,
-        lse,
-        partial,
-        partial_lse,
-        schedule.merges,
-        out.shape[2],
-        out.shape[1],
-        HEAD_DIM=out.shape[3],
-        BLOCK_D=triton.next_power_of_2(max(out.shape[3], 16)),
-        BLOCK_M=block_m,
-        ROWS=MERGE_ROWS,
-        num_warps=4,
-    )
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Those of batch, token and head of (B, L, H, d)."""
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
-def describable(x: Tensor) -> bool:
-    """True if a TMA descriptor can address x: 16-byte aligned base, strides that are positive multiples of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.itemsize % 16 == 0 for stride in strides(x))
-
-
-def describe(x: Tensor, rows: int, block_d: int) -> Any:
-    """Descriptor of (B, L, H, d), axes (B, H, L, d): a block is `rows` tokens of one head. Past the end it reads 0."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    batch, length, heads, head_dim = x.shape
-    stride_b, stride_l, stride_h = strides(x)
-    shape, steps = [batch, heads, length, head_dim], [stride_b, stride_h, stride_l, 1]
-    return TensorDescriptor(x, shape, steps, [1, 1, rows, block_d])
 
 
 def flops(plan: AttentionPlan, batch: int, heads: int, head_dim: int, backward: bool = False) -> int:

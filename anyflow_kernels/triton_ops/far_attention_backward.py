@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import launch_configs
 from ..launch_configs import AttentionConfig, attention_row
-from .far_attention import LN2, describable, describe, dot, load_rows, strides
-from .tile_schedule import Schedule, key_schedule, query_schedule
+from .attention_tiles import LN2, LOG2E, describable, describe, dot, load_rows, row_strides
+from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule, key_schedule, query_schedule
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -62,7 +62,7 @@ def _load_statistics(lse_ptr, delta_ptr, i_bh, first, end, num_queries, ROWS: tl
     base = i_bh.to(tl.int64) * num_queries
     lse = tl.load(lse_ptr + base + rows, mask=rows < end, other=float("inf"))
     delta = tl.load(delta_ptr + base + rows, mask=rows < end, other=0.0)
-    return lse * 1.4426950408889634, delta
+    return lse * LOG2E, delta
 
 
 @triton.jit
@@ -113,12 +113,12 @@ def _far_attention_dq_kernel(
 ):
     program = tl.program_id(0)
     for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
-        item = items_ptr + i * 7
-        i_bh = tl.load(item)
-        q_start = tl.load(item + 1)
-        q_end = tl.load(item + 2)
-        first_range = tl.load(item + 5)
-        last_range = first_range + tl.load(item + 6)
+        item = items_ptr + i * ITEM
+        i_bh = tl.load(item + HEAD)
+        q_start = tl.load(item + START)
+        q_end = tl.load(item + END)
+        first_range = tl.load(item + FIRST_RANGE)
+        last_range = first_range + tl.load(item + RANGES)
         i_b = i_bh // heads
         i_h = i_bh % heads
 
@@ -188,7 +188,7 @@ def store_rows(
 @triton.jit
 def _dkdv_step(dk, dv, k, v, q, grad, lse_row, delta_row, queries, q_end, scale_log2, PRECISION: tl.constexpr):
     """One block of queries. lse and delta are loaded where they are used: each holds 16 registers in this layout."""
-    lse = tl.load(lse_row + queries, mask=queries < q_end, other=float("inf")) * 1.4426950408889634
+    lse = tl.load(lse_row + queries, mask=queries < q_end, other=float("inf")) * LOG2E
     scores = dot(k, q.T, None, PRECISION)  # [BLOCK_N, BLOCK_M]
     p = tl.exp2(scores * scale_log2 - lse[None, :])
     dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
@@ -236,12 +236,12 @@ def _far_attention_dkdv_kernel(
     PRECISION: tl.constexpr,
 ):
     # One key tile per program: the state of a loop over tiles would spill. The grid is ordered longest first.
-    item = items_ptr + tl.program_id(0) * 7
-    i_bh = tl.load(item)
-    k_start = tl.load(item + 1)
-    k_end = tl.load(item + 2)
-    first_range = tl.load(item + 5)
-    last_range = first_range + tl.load(item + 6)
+    item = items_ptr + tl.program_id(0) * ITEM
+    i_bh = tl.load(item + HEAD)
+    k_start = tl.load(item + START)
+    k_end = tl.load(item + END)
+    first_range = tl.load(item + FIRST_RANGE)
+    last_range = first_range + tl.load(item + RANGES)
     i_b = i_bh // heads
     i_h = i_bh % heads
     lse_row = lse_ptr + i_bh.to(tl.int64) * num_queries
@@ -297,7 +297,7 @@ def _fake(
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ranges: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if grad.stride(3) != 1 or 0 in strides(grad):  # an expanded gradient, such as that of a sum
+    if grad.stride(3) != 1 or 0 in row_strides(grad):  # an expanded gradient, such as that of a sum
         grad = grad.contiguous()
     arch = launch_configs.architecture(q.device)
     descriptors = all(map(describable, (q, k, v, grad)))
@@ -335,7 +335,7 @@ def launch_backward(
         out,
         grad,
         delta,
-        *strides(grad),
+        *row_strides(grad),
         heads,
         num_queries,
         HEAD_DIM=head_dim,
@@ -343,7 +343,7 @@ def launch_backward(
         ROWS=DELTA_ROWS,
         num_warps=4,
     )
-    sizes = [n for x in (q, k, v, grad) for n in strides(x)]
+    sizes = [n for x in (q, k, v, grad) for n in row_strides(x)]
 
     def launch(
         kernel: triton.JITFunction,
@@ -365,7 +365,7 @@ def launch_backward(
             heads,
             *lengths,
             scale,
-            scale / LN2,
+            scale / LN2.value,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             BLOCK_M=config.block_m,

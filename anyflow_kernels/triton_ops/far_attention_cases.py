@@ -10,7 +10,8 @@ import triton
 from .. import launch_configs
 from ..aot_case import MODELS, AotCase
 from ..launch_configs import AttentionConfig, attention_row, rows_for
-from .far_attention import MERGE_ROWS, _far_attention_forward_kernel, _far_attention_merge_kernel
+from .attention_tiles import MERGE_ROWS, _far_attention_merge_kernel
+from .far_attention import _far_attention_forward_kernel
 from .far_attention_backward import (
     DELTA_ROWS,
     _far_attention_delta_kernel,

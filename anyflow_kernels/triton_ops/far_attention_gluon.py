@@ -30,8 +30,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import launch_configs
 from ..aot_case import MODELS, AotCase
 from ..launch_configs import AttentionConfig, rows_for
-from .far_attention import LN2, describable, merge, strides
-from .tile_schedule import Runs, decode, query_schedule
+from .attention_tiles import LN2, describable, merge, row_strides
+from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, Runs, decode, query_schedule
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: one wgmma is 64 rows high
 
@@ -55,11 +55,11 @@ def _load_tiles(
     step = 0  # blocks of keys so far
     count = 0  # items so far
     for i in tl.range(gl.load(starts_ptr + program), gl.load(starts_ptr + program + 1), disable_licm=True):
-        item = items_ptr + i * 7
-        i_bh = gl.load(item)
-        q_start = gl.load(item + 1)
-        first_range = gl.load(item + 5)
-        last_range = first_range + gl.load(item + 6)
+        item = items_ptr + i * ITEM
+        i_bh = gl.load(item + HEAD)
+        q_start = gl.load(item + START)
+        first_range = gl.load(item + FIRST_RANGE)
+        last_range = first_range + gl.load(item + RANGES)
         i_b = i_bh // heads
         i_h = i_bh % heads
         for part in gl.static_range(2):
@@ -113,14 +113,14 @@ def _attend(
     step = 0  # the block of keys whose values come next
     count = 0
     for i in tl.range(gl.load(starts_ptr + program), gl.load(starts_ptr + program + 1), disable_licm=True):
-        item = items_ptr + i * 7
-        i_bh = gl.load(item)
-        q_start = gl.load(item + 1) + part * ROWS
-        q_end = gl.load(item + 2)
-        slot = gl.load(item + 3)
-        phantom_keys = gl.load(item + 4)
-        r = gl.load(item + 5)
-        last_range = r + gl.load(item + 6)
+        item = items_ptr + i * ITEM
+        i_bh = gl.load(item + HEAD)
+        q_start = gl.load(item + START) + part * ROWS
+        q_end = gl.load(item + END)
+        slot = gl.load(item + SLOT)
+        phantom_keys = gl.load(item + PHANTOM_KEYS)
+        r = gl.load(item + FIRST_RANGE)
+        last_range = r + gl.load(item + RANGES)
         blocks = 0
         for other in range(r, last_range):
             blocks += gl.cdiv(gl.load(ranges_ptr + 2 * other + 1) - gl.load(ranges_ptr + 2 * other), BLOCK_N)
@@ -180,7 +180,7 @@ def _attend(
         count += 1
 
         acc = acc / gl.convert_layout(denominator, row_layout)[:, None]
-        lse = gl.convert_layout(maximum * 0.6931471805599453 + gl.log(denominator), row_layout)
+        lse = gl.convert_layout(maximum * LN2 + gl.log(denominator), row_layout)
         rows = gl.arange(0, ROWS, layout=row_layout)
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout))
         if slot < 0:
@@ -313,7 +313,7 @@ def launch_gluon(
         schedule.ranges,
         heads,
         num_queries,
-        scale / LN2,
+        scale / LN2.value,
         HEAD_DIM=head_dim,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
@@ -329,9 +329,9 @@ def _layout() -> Any:
 
 
 def _describe(x: Tensor, rows: int) -> TensorDescriptor:
-    """`far_attention.describe` with the layout that Gluon wants said."""
+    """`attention_tiles.describe` with the layout that Gluon wants said."""
     batch, length, heads, head_dim = x.shape
-    stride_b, stride_l, stride_h = strides(x)
+    stride_b, stride_l, stride_h = row_strides(x)
     shape, steps = [batch, heads, length, head_dim], [stride_b, stride_h, stride_l, 1]
     return TensorDescriptor(x, shape, steps, [1, 1, rows, head_dim], _layout())
 

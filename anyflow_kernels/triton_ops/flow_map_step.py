@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import AotCase
+from ..aot_case import AotCase, argument_types
 from ..launch_configs import architecture, element_tile
-from .frame_tiles import argument_types, check_dtype
+from .frame_tiles import check_dtype
 
 
 @triton.jit(do_not_specialize=["rows_per_batch"])

@@ -7,14 +7,13 @@ over a frame is a sum over whole tiles: two stages, no atomics, the same bits on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types
 
 RUNS = ["frames_0", "tokens_0", "frames_1", "tokens_1", "frames_2", "tokens_2"]  # kernel arguments
 MAX_RUNS = 3  # runs of a frame map in one launch; `FarLayout` makes one or two
@@ -149,25 +148,3 @@ def aot_cases(arch: int) -> list[AotCase]:
         AotCase(_sum_tiles_kernel, f"{model} training", types, {"D": size["dim"], **tile}, num_warps=4)
         for model, size in MODELS.items()
     ]
-
-
-def argument_types(kernel: Any, dtype: str, fp32: Sequence[str] = (), absent: Sequence[str] = ()) -> dict[str, str]:
-    """Types of a kernel's run-time arguments by name, for `AotCase`.
-
-    Pointers (named `*_ptr`) have `dtype` unless named in `fp32`; other arguments are i32 unless named in `fp32`.
-    `absent` ones are left out: they are constants at this shape.
-    """
-    types = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if parameter.is_constexpr or name in absent:
-            continue
-        is_pointer = name.endswith("_ptr")
-        plain = "fp32" if name in fp32 else (dtype if is_pointer else "i32")
-        types[name] = "*" + plain if is_pointer else plain
-    return types
-
-
-def strides(kernel: Any, absent: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of a kernel's stride arguments, multiples of 16 at the released models' shapes."""
-    return tuple(p.name for p in kernel.params if "_stride_" in p.name and p.name not in absent)

@@ -25,20 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types, stride_names
 from ..launch_configs import architecture, row_tile
 from ..operations import FrameMap
-from .frame_tiles import (
-    RUNS,
-    argument_types,
-    check_dtype,
-    count_tiles,
-    dense_rows,
-    locate_tile,
-    run_groups,
-    strides,
-    strides_2d,
-)
+from .frame_tiles import RUNS, check_dtype, count_tiles, dense_rows, locate_tile, run_groups, strides_2d
 from .gated_residual_layer_norm_backward import backward
 
 
@@ -279,7 +269,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                     ),
                     constexprs | dict.fromkeys(absent),
                     num_warps=tile.num_warps,
-                    divisible=strides(_gated_residual_layer_norm_kernel),
+                    divisible=stride_names(_gated_residual_layer_norm_kernel),
                 )
             )
     return cases

@@ -23,20 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types, stride_names
 from ..launch_configs import architecture, row_tile
-from .frame_tiles import (
-    RUNS,
-    argument_types,
-    count_tiles,
-    dense_rows,
-    locate_tile,
-    run_groups,
-    strides,
-    strides_2d,
-    sum_all,
-    sum_tiles,
-)
+from .frame_tiles import RUNS, count_tiles, dense_rows, locate_tile, run_groups, strides_2d, sum_all, sum_tiles
 
 
 @triton.jit(do_not_specialize=RUNS)
@@ -284,7 +273,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                     ),
                     constexprs | dict.fromkeys(absent),
                     num_warps=tile.num_warps,
-                    divisible=strides(_gated_residual_layer_norm_backward_kernel),
+                    divisible=stride_names(_gated_residual_layer_norm_backward_kernel),
                 )
             )
     return cases

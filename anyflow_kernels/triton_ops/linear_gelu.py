@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types
 from ..launch_configs import architecture, element_tile, linear_gelu_way
-from .frame_tiles import argument_types, check_dtype, sum_all
+from .frame_tiles import check_dtype, sum_all
 
 
 @triton.jit

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types, stride_names
 from ..launch_configs import architecture, row_tile
-from .frame_tiles import argument_types, check_dtype, dense_rows, strides
+from .frame_tiles import check_dtype, dense_rows
 from .qk_norm_rope_append_backward import backward
 
 
@@ -259,7 +259,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                     "BLOCK_C": triton.next_power_of_2(head_dim),
                 },
                 num_warps=tile.num_warps,
-                divisible=strides(_qk_norm_rope_append_kernel),
+                divisible=stride_names(_qk_norm_rope_append_kernel),
             )
         )
     return cases

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types, stride_names
 from ..launch_configs import architecture, row_tile
-from .frame_tiles import argument_types, dense_rows, strides, sum_all
+from .frame_tiles import dense_rows, sum_all
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                 types,
                 constexprs,
                 num_warps=tile.num_warps,
-                divisible=strides(_qk_norm_rope_backward_kernel),
+                divisible=stride_names(_qk_norm_rope_backward_kernel),
             )
         )
     return cases

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase
+from ..aot_case import MODELS, AotCase, argument_types, stride_names
 from ..launch_configs import architecture, row_tile
-from .frame_tiles import argument_types, check_dtype, dense_rows, strides, sum_all
+from .frame_tiles import check_dtype, dense_rows, sum_all
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -180,7 +180,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                 argument_types(_rms_norm_kernel, "bf16", fp32=("eps",)),
                 block | {"ROWS": forward.rows},
                 num_warps=forward.num_warps,
-                divisible=strides(_rms_norm_kernel),
+                divisible=stride_names(_rms_norm_kernel),
             ),
             AotCase(
                 _rms_norm_backward_kernel,
@@ -188,7 +188,7 @@ def aot_cases(arch: int) -> list[AotCase]:
                 argument_types(_rms_norm_backward_kernel, "bf16", fp32=("eps", "dweight_ptr")),
                 block | {"GROUP": backward.rows},
                 num_warps=backward.num_warps,
-                divisible=strides(_rms_norm_backward_kernel),
+                divisible=stride_names(_rms_norm_backward_kernel),
             ),
         ]
     return cases

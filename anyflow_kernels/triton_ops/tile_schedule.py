@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..launch_tables import read_by_launches
@@ -22,8 +23,10 @@ from ..launch_tables import read_by_launches
 Ranges = tuple[tuple[int, int], ...]
 Runs = tuple[tuple[int, int, Ranges], ...]
 
-ITEM = 7  # columns of Schedule.items
-MERGE = 5  # columns of Schedule.merges
+# Columns of Schedule.items, and how many there are; Schedule.merges has the first four and SLOTS.
+HEAD, START, END, SLOT, PHANTOM_KEYS, FIRST_RANGE, RANGES, ITEM = map(tl.constexpr, range(8))
+SLOTS, MERGE = tl.constexpr(4), tl.constexpr(5)
+RUN = 7  # integers of a run in `encode`: its end and three ranges
 MIN_PIECE = 2  # key blocks: a shorter piece costs more in its prologue and its partial result than it evens out
 
 
@@ -31,10 +34,10 @@ class Schedule(NamedTuple):
     """Tables of one launch, int32 on its device.
 
     starts: (programs + 1,); program p computes items starts[p] to starts[p + 1].
-    items: (n, 7): batch * heads + head, first row, end row, slot of the partial result or -1, phantom keys, first
+    items: (n, ITEM): batch * heads + head, first row, end row, slot of the partial result or -1, phantom keys, first
         range, ranges.
     ranges: (n, 2): first column, end column.
-    merges: (n, 5): batch * heads + head, first row, end row, first slot, slots.
+    merges: (n, MERGE): batch * heads + head, first row, end row, first slot, slots.
     slots: partial results in all, 0 if no tile is split.
     """
 
@@ -66,8 +69,7 @@ class _Piece(NamedTuple):
 
 
 def encode(runs: Runs) -> list[int]:
-    """Runs as a flat list of ints, the form in which they pass through a torch operator: 7 per run, unused ranges (0,
-    0)."""
+    """Runs as a flat list of RUN ints each, as they pass through a torch operator; unused ranges are (0, 0)."""
     flat = []
     for _, end, ranges in runs:
         flat.append(end)
@@ -80,8 +82,8 @@ def encode(runs: Runs) -> list[int]:
 def decode(flat: Sequence[int]) -> Runs:
     """The inverse of `encode`."""
     runs, start = [], 0
-    for i in range(0, len(flat), 7):
-        end, *bounds = flat[i : i + 7]
+    for i in range(0, len(flat), RUN):
+        end, *bounds = flat[i : i + RUN]
         ranges = tuple((bounds[j], bounds[j + 1]) for j in (0, 2, 4) if bounds[j + 1] > bounds[j])
         runs.append((start, end, ranges))
         start = end
@@ -226,7 +228,7 @@ def _tabulate(bins: list[list[_Piece]], block_columns: int, phantom_keys: int, d
                 slots += 1
                 if first == 0:
                     merges.append([head, tile.start, tile.end, slot, 0])
-                merges[-1][4] += 1
+                merges[-1][SLOTS.value] += 1
             phantom = phantom_keys if first == 0 else 0
             items.append((head, tile.start, tile.end, slot, phantom, ranges[visible], len(visible)))
         starts.append(len(items))
@@ -236,9 +238,9 @@ def _tabulate(bins: list[list[_Piece]], block_columns: int, phantom_keys: int, d
 
     return Schedule(
         torch.tensor(starts, dtype=torch.int32).to(device),
-        table(items, ITEM),
+        table(items, ITEM.value),
         table(range_rows, 2),
-        table(merges, MERGE),
+        table(merges, MERGE.value),
         slots,
     )
 
