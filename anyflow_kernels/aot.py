@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that is not here, and read what the compiler made of it.
 
-    python -m anyflow_kernels.aot [--target sm_80|sm_89|sm_90|sm_100] [--json FILE] [--check] [--kernel SUBSTRING]
+    python -m anyflow_kernels.aot [--target sm_80|...|sm_120] [--json FILE] [--check] [--kernel SUBSTRING]
 
 Kernels, arguments and shapes come from the `aot_cases` of the modules in `triton_ops`, launch parameters from
 `launch_configs`: what is compiled is what a launch on that GPU would compile. Registers and stack are read from the
@@ -30,9 +30,6 @@ from .launch_configs import ARCHITECTURES, GPUS
 TENSOR_CORES = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|QGMMA|IGMMA|UTC\w*MMA)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
-# Multiprocessor limits the check needs beside launch_configs.Gpu.
-SHARED_PER_MULTIPROCESSOR = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-BLOCKS_PER_MULTIPROCESSOR = {80: 32, 89: 24, 90: 32, 100: 32}
 
 
 def collect(arch: int) -> list[AotCase]:
@@ -53,8 +50,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         A row with `kernel`, `target`, `shape`, `registers` (per thread), `spill_bytes` (local memory per thread),
         `shared_bytes` and `threads` (per block), `tensor_core_instructions` and `memory_instructions` (name -> count
         in the SASS), `fma_dots` (matrix products that the compiler gave to FMA units), `blocks_per_multiprocessor` and
-        what limits them, and
-        `problems`: reasons to reject the kernel on this GPU.
+        what limits them, and `problems`: reasons to reject the kernel on this GPU.
 
     Raises:
         RuntimeError: if the kernels were imported under TRITON_INTERPRET=1, which leaves nothing to compile.
@@ -136,9 +132,9 @@ def _occupancy(arch: int, registers: int, threads: int, shared: int) -> tuple[in
     warps = threads // 32
     limits = {
         "registers": gpu.registers // (-(-registers * 32 // 256) * 256 * warps),
-        "shared memory": SHARED_PER_MULTIPROCESSOR[arch] // (shared + 1024),  # 1 KB is the system's
+        "shared memory": gpu.shared_per_multiprocessor // (shared + 1024),  # 1 KB is the system's
         "threads": gpu.threads // threads,
-        "blocks": BLOCKS_PER_MULTIPROCESSOR[arch],
+        "blocks": gpu.blocks,
     }
     limit = min(limits, key=lambda name: limits[name])
     return limits[limit], limit
@@ -165,12 +161,9 @@ def _compile_by_index(job: tuple[int, int]) -> dict[str, Any]:
     case = collect(arch)[index]
     try:
         return compile_case(case, arch)
-    except (
-        Exception
-    ) as error:  # one kernel that does not compile must not hide the others; the row says so and fails the check
-        message = (
-            f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
-        )
+    except Exception as error:  # must not hide the other kernels; the row says so and fails the check
+        last = (str(error).strip().splitlines() or [""])[-1]
+        message = f"does not compile: {type(error).__name__}: {last}"
         return {"kernel": case.name, "target": f"sm_{arch}", "shape": case.shape, "problems": [message]}
 
 

@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from anyflow_kernels import aot, launch_configs
 from anyflow_kernels.aot_case import MODELS
+from anyflow_kernels.launch_configs import gpus
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -115,6 +117,13 @@ def test_nothing_to_compile_under_the_interpreter():
         aot.compile_case(case, 90)
 
 
+@pytest.fixture(autouse=True)
+def fresh_architectures():
+    """What a test says of a GPU that is not here ends with it."""
+    yield
+    gpus._cuda_architecture.cache_clear()
+
+
 @pytest.mark.parametrize("arch", launch_configs.ARCHITECTURES)
 def test_every_attention_row_is_compiled(arch):
     """A row that no check compiles could spill unseen."""
@@ -146,3 +155,44 @@ def test_occupancy_counts_registers_in_blocks_of_eight():
     assert aot._occupancy(90, 170, 256, 1024) == (1, "registers")
     assert aot._occupancy(90, 128, 256, 1024) == (2, "registers")
     assert aot._occupancy(90, 32, 128, 100 * 1024) == (2, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), 80),
+        ((8, 6), 89),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 3), 100),
+        ((11, 0), 100),
+        ((12, 0), 120),
+        ((12, 1), 120),
+    ],
+    ids=str,
+)
+def test_known_chips_have_rows(capability, arch, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    gpus._cuda_architecture.cache_clear()
+    assert launch_configs.architecture("cuda:0") == arch and not recwarn
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((13, 0), 120), ((8, 2), 80), ((9, 5), 90)], ids=str)
+def test_a_chip_without_rows_says_whose_it_takes(capability, arch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    gpus._cuda_architecture.cache_clear()
+    with pytest.warns(UserWarning, match=rf"got {capability[0]}\.{capability[1]}, expected .* rows of sm_{arch} "):
+        assert launch_configs.architecture("cuda:0") == arch
+
+
+def test_a_chip_too_old_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    gpus._cuda_architecture.cache_clear()
+    with pytest.raises(RuntimeError, match=r"compute capability: got 7.5, expected 8.0 or newer"):
+        launch_configs.architecture("cuda:0")
+
+
+@pytest.mark.parametrize("arch", [launch_configs.INTERPRETER, *launch_configs.ARCHITECTURES])
+def test_every_chip_has_a_forward_with_a_reason(arch):
+    (row,) = launch_configs.rows_for(launch_configs.FORWARD_KERNELS, arch)
+    assert {row.dense, row.ranges} <= {"triton", "gluon", "cudnn", "flash"} and row.reason

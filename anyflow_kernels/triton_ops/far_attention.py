@@ -11,7 +11,7 @@ Source: FlashAttention-2 (arXiv 2307.08691); stream-K (arXiv 2301.03598) for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -158,30 +158,35 @@ def _fake(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, ranges: Sequence[int], phantom_keys: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    arch = launch_configs.architecture(q.device)
-    flat = tuple(ranges)
-    library = launch_configs.DENSE_ATTENTION[arch]
-    if library != "triton" and _is_dense(flat, k.shape[1]) and phantom_keys == 0 and q.itemsize == 2:
-        return _library_forward(library, q, k, v, scale)
-    if launch_configs.FORWARD_KERNEL.get(arch) == "gluon":
-        from . import far_attention_gluon  # only where Gluon can run
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return choose(q, k, v, tuple(ranges), phantom_keys)(scale)
 
-        rows = [r for r in launch_configs.ATTENTION_GLUON if (r.arch, r.head_dim) == (arch, q.shape[3])]
-        if rows and far_attention_gluon.suits(q, k, v, decode(flat), rows[0]):
-            with torch.cuda.device_of(q):
-                return far_attention_gluon.launch_gluon(q, k, v, flat, phantom_keys, scale, rows[0])
+
+def choose(
+    q: Tensor, k: Tensor, v: Tensor, flat: tuple[int, ...], phantom_keys: int
+) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """What serves a forward, given the scale. Decided here alone: what `launch_configs.FORWARD_KERNELS` prefers on this
+    chip where that can take these arguments, else the Triton kernel, which takes all.
+    """
+    arch, runs = launch_configs.architecture(q.device), decode(flat)
+    preferred = launch_configs.rows_for(launch_configs.FORWARD_KERNELS, arch)[0]
+    dense = phantom_keys == 0 and all(ranges == ((0, k.shape[1]),) for _, _, ranges in runs)
+    way = preferred.dense if dense else preferred.ranges
+    if way in ("cudnn", "flash") and dense and q.itemsize == 2:
+        return lambda scale: _library_forward(way, q, k, v, scale)
+    if way == "gluon":
+        from .far_attention_gluon import launch_gluon, suits  # only where Gluon can run
+
+        for row in launch_configs.ATTENTION_GLUON:
+            if row.arch == arch and suits(q, k, v, runs, row):
+                return lambda scale: launch_gluon(q, k, v, flat, phantom_keys, scale, row)
     descriptors = all(map(describable, (q, k, v)))
     config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return launch_forward(q, k, v, flat, phantom_keys, scale, config)
-
-
-def _is_dense(flat: tuple[int, ...], num_keys: int) -> bool:
-    return all(ranges == ((0, num_keys),) for _, _, ranges in decode(flat))
+    return lambda scale: launch_forward(q, k, v, flat, phantom_keys, scale, config)
 
 
 def _library_forward(library: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cuDNN or flash SDPA on a dense plan, where the launch table says that it is faster."""
+    """cuDNN or flash SDPA, every query on every key."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if library == "cudnn":
         out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]

@@ -4,7 +4,7 @@ One warp loads, two warpgroups compute 64 queries each. A compute warpgroup issu
 before the softmax of that block and lets the product with the values run under it, so that tensor cores and
 exponentials overlap within a warpgroup and between the two. The schedule, the partial results and their merge are
 those of `far_attention`. It does not run in the interpreter, and no GPU has run it yet: it is compiled in every check
-and serves only where `launch_configs.ATTENTION_GLUON` says so.
+and serves only where `launch_configs.FORWARD_KERNELS` says so.
 
 Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
 """
