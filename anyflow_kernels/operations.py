@@ -1,7 +1,8 @@
 """The operations of an AnyFlow model: their contract, checked once for every backend.
 
 A backend is a module with a function of the same name and arguments for each operation here; it may assume that the
-arguments passed these checks. `load_ops` in `anyflow_kernels` picks the module.
+arguments passed these checks. `load_ops` in `anyflow_kernels` picks the module. One room over 400 lines, since `Ops` is
+one contract.
 
 Letters: B batch, L tokens, S text tokens, T cache slots, H heads, d channels per head, D = H*d, F frames.
 """
@@ -221,9 +222,7 @@ class Ops:
         )
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension D of (..., D), fp32 inside, in the dtype of
-        x.
-        """
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension D of x (..., D), fp32 inside, dtype of x."""
         _expect(weight.shape == x.shape[-1:], "weight", tuple(weight.shape), tuple(x.shape[-1:]))
         return self._implementation.rms_norm(x, weight, eps)
 
@@ -293,15 +292,19 @@ class Ops:
         """Latents to tokens: a convolution whose stride is its kernel, written straight into a token slab.
 
         Args:
-            latents: (B, F, C, H, W), any strides; remainder rows and columns are dropped.
-            weight: (D, C, pt, ph, pw), bias: (D,): those of the Conv3d.
+            latents: (B, F, C, H, W), any strides and dtype; what fills no whole patch is dropped.
+            weight: (D, C, pt, ph, pw), bias: (D,): those of the Conv3d, of one dtype, which the tokens have too.
             patch_size: (pt, ph, pw).
-            out: (B, T, D) slab, written at token `offset`; a new tensor if None.
+            out: (B, T, D) slab with a dense last dimension, written at token `offset`; a new tensor if None.
 
         Returns:
-            The tokens, (B, F/pt * H/ph * W/pw, D), order frame, row, column; a view of `out` if given.
+            The tokens, (B, F//pt * H//ph * W//pw, D), order frame, row, column; a view of `out` if given.
+
+        Raises:
+            ValueError: on shapes, dtypes or devices that do not fit, or if the tokens do not fit the slab.
         """
         _expect_dims("latents", latents, 5)
+        _expect_dims("weight", weight, 5)
         _expect(
             tuple(weight.shape[1:]) == (latents.shape[2], *patch_size),
             "weight",
@@ -312,13 +315,19 @@ class Ops:
         )
         if bias is not None:
             _expect(bias.shape == weight.shape[:1], "bias", tuple(bias.shape), "({},)", weight.shape[0])
+        for name, tensor in (("weight", weight), ("bias", bias), ("out", out)):
+            if tensor is not None:
+                _expect(tensor.dtype == weight.dtype, name + ".dtype", tensor.dtype, "that of weight, {}", weight.dtype)
+                same = tensor.device == latents.device
+                _expect(same, name + ".device", tensor.device, "that of latents, {}", latents.device)
         if out is None:
             _expect(offset == 0, "offset", offset, "0 without out")
         else:
             size = [n // p for n, p in zip((latents.shape[1], *latents.shape[3:]), patch_size, strict=True)]
+            _expect_dims("out", out, 3)
             tokens, slab = size[0] * size[1] * size[2], (latents.shape[0], out.shape[1], weight.shape[0])
             _expect(tuple(out.shape) == slab, "out", tuple(out.shape), "(B, T, D) = {}", slab)
-            _expect(out.dtype == weight.dtype, "out.dtype", out.dtype, "that of the weight, {}", weight.dtype)
+            _expect(out.stride(2) == 1, "out.stride", out.stride(), "a dense last dimension")
             fits = 0 <= offset and offset + tokens <= out.shape[1]
             _expect(fits, "offset", offset, "0 <= offset and offset + {} tokens <= T={}", tokens, out.shape[1])
         return self._implementation.patch_embed(latents, weight, bias, patch_size, out, offset)
@@ -333,8 +342,17 @@ class Ops:
             grid: (frames, rows, columns) of tokens.
 
         Returns:
-            (B, frames*pt, C, rows*ph, columns*pw).
+            (B, frames*pt, C, rows*ph, columns*pw), contiguous.
+
+        Raises:
+            ValueError: on numbers or a shape that do not fit.
         """
+        _expect_dims("tokens", tokens, 3)
+        _expect(len(grid) == 3 and all(n >= 0 for n in grid), "grid", grid, "three integers >= 0")
+        _expect(
+            len(patch_size) == 3 and all(n >= 1 for n in patch_size), "patch_size", patch_size, "three integers >= 1"
+        )
+        _expect(channels >= 1, "channels", channels, ">= 1")
         features = patch_size[0] * patch_size[1] * patch_size[2] * channels
         expected = (tokens.shape[0], grid[0] * grid[1] * grid[2], features)
         _expect(tuple(tokens.shape) == expected, "tokens", tuple(tokens.shape), expected)

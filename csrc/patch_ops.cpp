@@ -1,5 +1,6 @@
-// The operations of torch.ops.anyflow: schemas, checks, allocation, and the GEMM of the patch embedding.
-// Fakes and autograd are in anyflow_kernels/patch_embed.py.
+// The operations of torch.ops.anyflow: schemas, allocation, the GEMM of the patch embedding, and the checks without which
+// a call could leave its memory. The contract is checked in anyflow_kernels/operations.py; fakes and autograd are in
+// anyflow_kernels/patch_embed.py.
 #include <Python.h>
 
 #include <ATen/Context.h>
