@@ -18,6 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow_kernels.aot_case import MODELS
+from anyflow_kernels.testing.budget import relative_error
+
+# Constructor arguments of the released models.
+MODEL_ARGUMENTS: dict[str, dict[str, Any]] = {
+    name: {
+        "num_attention_heads": size["heads"],
+        "attention_head_dim": size["head_dim"],
+        "num_layers": size["layers"],
+        "ffn_dim": size["ffn"],
+    }
+    for name, size in MODELS.items()
+}
+
 
 def machine_line(*packages: str) -> str:
     """One line: device, cores and threads, system, Python, torch and the versions of `packages`."""
@@ -51,14 +65,8 @@ def interleaved_medians(fns: Mapping[str, Callable[[], Any]], repeats: int = 20,
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||, in float64; NaN if anything is."""
-    out, ref = out.detach().double(), ref.detach().double()
-    return float((out - ref).norm() / ref.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
 def check_close(name: str, out: Tensor, ref: Tensor, tolerance: float) -> float:
-    """The relative error of `out`, which must be within `tolerance`: a wrong kernel has no speed.
+    """The relative error of `out` against another implementation, within `tolerance`: a wrong kernel has no speed.
 
     Raises:
         AssertionError: naming the contestant, if shapes differ or the error is larger or NaN.
@@ -69,6 +77,29 @@ def check_close(name: str, out: Tensor, ref: Tensor, tolerance: float) -> float:
     if not error <= tolerance:
         raise AssertionError(f"{name}: relative error {error:.3g} against the reference, expected <= {tolerance:.3g}")
     return error
+
+
+def graphed(call: Callable[[], Any], device: str, name: str = "") -> tuple[Callable[[], Any], bool]:
+    """On CUDA a graph of the call, so that what is timed is the GPU and not Python, and whether there is one.
+
+    What cannot be captured, because it synchronises, stays as it is, and is printed.
+    """
+    if device != "cuda":
+        return call, True
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        print(f"not captured: {name} ({str(error).strip().splitlines()[0]})")
+        return call, False
+    return graph.replay, True
 
 
 def write_rows(rows: list[dict[str, Any]], path: str | Path | None = None) -> None:

@@ -83,6 +83,21 @@ def test_attention_of_diffusers_passes_its_parity_check(name):
             far_attention.parity(attend, q, k, v, AttentionPlan.from_layout(layout))
 
 
+@pytest.mark.parametrize("query", [0, 17, 23])
+def test_one_wrong_query_of_attention_has_no_speed(query):
+    """Whichever it is: the whole output is judged, and its worst row."""
+    plan = AttentionPlan.from_layout(kernel_bench.layouts(tiny=True)["chunk 6"])
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (plan.num_queries, plan.num_keys, plan.num_keys))
+
+    def broken(*tensors: Tensor) -> Tensor:
+        out = load_ops("torch").far_attention(*tensors, plan)
+        out[0, query, 1] *= 1.01
+        return out
+
+    with pytest.raises(AssertionError, match="worst row"):
+        far_attention.parity(broken, q, k, v, plan)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_wrong_gradient_of_attention_has_no_speed(dtype):
     """A training row is of forward and backward: each of dq, dk and dv is checked, with keys in three ranges."""
