@@ -18,25 +18,19 @@ LOG2E = tl.constexpr(1.0 / math.log(2.0))
 @triton.jit
 def load_rows(
     x,
-    i_b,
-    i_h,
-    first,
-    end,
-    stride_b,
-    stride_l,
-    stride_h,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EDGE: tl.constexpr,
+    i_b, i_h, first, end, strides,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-):
-    """Rows first to first + ROWS of one head; zero beyond column HEAD_DIM and, if EDGE, from row `end` on."""
+):  # fmt: skip
+    """Rows first to first + ROWS of one head; zero beyond column HEAD_DIM and, if EDGE, from row `end` on. `strides`
+    are those of batch, token and head.
+    """
     if DESCRIPTORS:
         tile = x.load([i_b, i_h, first, 0]).reshape(ROWS, BLOCK_D)
         if EDGE:
             tile = tl.where((first + tl.arange(0, ROWS) < end)[:, None], tile, 0.0)
     else:
+        stride_b, stride_l, stride_h = strides
         rows = tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK_D)
         first_wide = tl.full([], 0, tl.int64) + first  # the interpreter's loop variables are Python integers
@@ -78,18 +72,10 @@ def softmax_step(acc, denominator, maximum, q, k, v, scale_log2, valid, EDGE: tl
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_merge_kernel(
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    merges_ptr,
-    heads,
-    num_queries,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, merges_ptr,
+    heads, num_queries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Partial results of one tile, weighted by exp(lse_part - lse)."""
     merge = merges_ptr + tl.program_id(0) * MERGE
     i_bh = tl.load(merge + HEAD)

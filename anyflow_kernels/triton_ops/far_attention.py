@@ -41,35 +41,15 @@ from .tile_schedule import (
 # Lengths are not specialised: one that happens to be a multiple of 16 would compile the kernel again mid-rollout.
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_forward_kernel(
-    q,
-    k,
-    v,
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    starts_ptr,
-    items_ptr,
-    ranges_ptr,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    heads,
-    num_queries,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, starts_ptr, items_ptr, ranges_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
+    heads, num_queries, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_strides = (stride_qb, stride_ql, stride_qh)
+    k_strides = (stride_kb, stride_kl, stride_kh)
+    v_strides = (stride_vb, stride_vl, stride_vh)
     program = tl.program_id(0)
     # Hoisting what the epilogue needs out of this loop would hold 30 to 60 registers through the inner one.
     for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
@@ -85,9 +65,8 @@ def _far_attention_forward_kernel(
         i_h = i_bh % heads
 
         q_tile = load_rows(
-            q, i_b, i_h, q_start, q_end, stride_qb, stride_ql, stride_qh,
-            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-        )  # fmt: skip
+            q, i_b, i_h, q_start, q_end, q_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+        )
         denominator = tl.zeros([BLOCK_M], tl.float32) + phantom_keys
         maximum = tl.where(denominator > 0, 0.0, -float("inf"))  # a phantom key's logit is 0
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -96,27 +75,17 @@ def _far_attention_forward_kernel(
             k_end = tl.load(ranges_ptr + 2 * r + 1)
             k_full = k_start + (k_end - k_start) // BLOCK_N * BLOCK_N
             for n in range(k_start, k_full, BLOCK_N):
-                k_tile = load_rows(
-                    k, i_b, i_h, n, k_end, stride_kb, stride_kl, stride_kh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
-                )  # fmt: skip
-                v_tile = load_rows(
-                    v, i_b, i_h, n, k_end, stride_vb, stride_vl, stride_vh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
-                )  # fmt: skip
+                k_tile = load_rows(k, i_b, i_h, n, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
+                v_tile = load_rows(v, i_b, i_h, n, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
                 acc, denominator, maximum = softmax_step(
                     acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, None, False, PRECISION
                 )
             if k_full < k_end:
                 k_tile = load_rows(
-                    k, i_b, i_h, k_full, k_end, stride_kb, stride_kl, stride_kh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-                )  # fmt: skip
+                    k, i_b, i_h, k_full, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+                )
                 # What lies beyond the range may be NaN, and 0 * NaN is NaN: values are zeroed, scores masked.
-                v_tile = load_rows(
-                    v, i_b, i_h, k_full, k_end, stride_vb, stride_vl, stride_vh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
-                )  # fmt: skip
+                v_tile = load_rows(v, i_b, i_h, k_full, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS)
                 valid = k_full + tl.arange(0, BLOCK_N) < k_end
                 acc, denominator, maximum = softmax_step(
                     acc, denominator, maximum, q_tile, k_tile, v_tile, scale_log2, valid, True, PRECISION

@@ -26,18 +26,11 @@ from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_delta_kernel(
-    out_ptr,
-    grad_ptr,
-    delta_ptr,
-    stride_gb,
-    stride_gl,
-    stride_gh,
-    heads,
-    num_queries,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    out_ptr, grad_ptr, delta_ptr,
+    stride_gb, stride_gl, stride_gh,
+    heads, num_queries,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """delta = rowsum(dout * out), for ROWS queries of one head."""
     i_b = tl.program_id(1) // heads
     i_h = tl.program_id(1) % heads
@@ -78,39 +71,17 @@ def _dq_step(dq, q, grad, k, v, lse, delta, scale_log2, valid, EDGE: tl.constexp
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_dq_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    starts_ptr,
-    items_ptr,
-    ranges_ptr,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    stride_gb,
-    stride_gl,
-    stride_gh,
-    heads,
-    num_queries,
-    scale,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, grad, lse_ptr, delta_ptr, dq_ptr, starts_ptr, items_ptr, ranges_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_gb,
+    stride_gl, stride_gh,
+    heads, num_queries, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_strides = (stride_qb, stride_ql, stride_qh)
+    k_strides = (stride_kb, stride_kl, stride_kh)
+    v_strides = (stride_vb, stride_vl, stride_vh)
+    g_strides = (stride_gb, stride_gl, stride_gh)
     program = tl.program_id(0)
     for i in tl.range(tl.load(starts_ptr + program), tl.load(starts_ptr + program + 1), disable_licm=True):
         item = items_ptr + i * ITEM
@@ -123,13 +94,11 @@ def _far_attention_dq_kernel(
         i_h = i_bh % heads
 
         q_tile = load_rows(
-            q, i_b, i_h, q_start, q_end, stride_qb, stride_ql, stride_qh,
-            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-        )  # fmt: skip
+            q, i_b, i_h, q_start, q_end, q_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+        )
         grad_tile = load_rows(
-            grad, i_b, i_h, q_start, q_end, stride_gb, stride_gl, stride_gh,
-            BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-        )  # fmt: skip
+            grad, i_b, i_h, q_start, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+        )
         lse, delta = _load_statistics(lse_ptr, delta_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for r in range(first_range, last_range):
@@ -137,26 +106,14 @@ def _far_attention_dq_kernel(
             k_end = tl.load(ranges_ptr + 2 * r + 1)
             k_full = k_start + (k_end - k_start) // BLOCK_N * BLOCK_N
             for n in range(k_start, k_full, BLOCK_N):
-                k_tile = load_rows(
-                    k, i_b, i_h, n, k_end, stride_kb, stride_kl, stride_kh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
-                )  # fmt: skip
-                v_tile = load_rows(
-                    v, i_b, i_h, n, k_end, stride_vb, stride_vl, stride_vh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS,
-                )  # fmt: skip
+                k_tile = load_rows(k, i_b, i_h, n, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
+                v_tile = load_rows(v, i_b, i_h, n, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
                 dq = _dq_step(dq, q_tile, grad_tile, k_tile, v_tile, lse, delta, scale_log2, None, False, PRECISION)
             if k_full < k_end:
                 # What lies beyond the range may be NaN: keys and values are zeroed, and p for exp2(-lse) of those
                 # zeros.
-                k_tile = load_rows(
-                    k, i_b, i_h, k_full, k_end, stride_kb, stride_kl, stride_kh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
-                )  # fmt: skip
-                v_tile = load_rows(
-                    v, i_b, i_h, k_full, k_end, stride_vb, stride_vl, stride_vh,
-                    BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS,
-                )  # fmt: skip
+                k_tile = load_rows(k, i_b, i_h, k_full, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS)
+                v_tile = load_rows(v, i_b, i_h, k_full, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, True, DESCRIPTORS)
                 valid = k_full + tl.arange(0, BLOCK_N) < k_end
                 dq = _dq_step(dq, q_tile, grad_tile, k_tile, v_tile, lse, delta, scale_log2, valid, True, PRECISION)
         store_rows(dq_ptr, dq * scale, i_b, i_h, q_start, q_end, num_queries, heads, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -165,17 +122,9 @@ def _far_attention_dq_kernel(
 @triton.jit
 def store_rows(
     out_ptr,
-    tile,
-    i_b,
-    i_h,
-    first,
-    end,
-    length,
-    heads,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    tile, i_b, i_h, first, end, length, heads,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Rows first to end of one head of a contiguous (B, length, H, HEAD_DIM) tensor."""
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
@@ -201,40 +150,17 @@ def _dkdv_step(dk, dv, k, v, q, grad, lse_row, delta_row, queries, q_end, scale_
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _far_attention_dkdv_kernel(
-    q,
-    k,
-    v,
-    grad,
-    lse_ptr,
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    items_ptr,
-    ranges_ptr,
-    stride_qb,
-    stride_ql,
-    stride_qh,
-    stride_kb,
-    stride_kl,
-    stride_kh,
-    stride_vb,
-    stride_vl,
-    stride_vh,
-    stride_gb,
-    stride_gl,
-    stride_gh,
-    heads,
-    num_queries,
-    num_keys,
-    scale,
-    scale_log2,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, ranges_ptr,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_gb,
+    stride_gl, stride_gh,
+    heads, num_queries, num_keys, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    q_strides = (stride_qb, stride_ql, stride_qh)
+    k_strides = (stride_kb, stride_kl, stride_kh)
+    v_strides = (stride_vb, stride_vl, stride_vh)
+    g_strides = (stride_gb, stride_gl, stride_gh)
     # One key tile per program: the state of a loop over tiles would spill. The grid is ordered longest first.
     item = items_ptr + tl.program_id(0) * ITEM
     i_bh = tl.load(item + HEAD)
@@ -247,14 +173,8 @@ def _far_attention_dkdv_kernel(
     lse_row = lse_ptr + i_bh.to(tl.int64) * num_queries
     delta_row = delta_ptr + i_bh.to(tl.int64) * num_queries
 
-    k_tile = load_rows(
-        k, i_b, i_h, k_start, k_end, stride_kb, stride_kl, stride_kh,
-        BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-    )  # fmt: skip
-    v_tile = load_rows(
-        v, i_b, i_h, k_start, k_end, stride_vb, stride_vl, stride_vh,
-        BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-    )  # fmt: skip
+    k_tile = load_rows(k, i_b, i_h, k_start, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS)
+    v_tile = load_rows(v, i_b, i_h, k_start, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for r in range(first_range, last_range):
@@ -263,13 +183,11 @@ def _far_attention_dkdv_kernel(
         # No separate edge: beyond the range p is 0 by its infinite lse, and rows there are other queries, not garbage.
         for m in range(q_start, q_end, BLOCK_M):
             q_tile = load_rows(
-                q, i_b, i_h, m, q_end, stride_qb, stride_ql, stride_qh,
-                BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-            )  # fmt: skip
+                q, i_b, i_h, m, q_end, q_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+            )
             grad_tile = load_rows(
-                grad, i_b, i_h, m, q_end, stride_gb, stride_gl, stride_gh,
-                BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS,
-            )  # fmt: skip
+                grad, i_b, i_h, m, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
+            )
             queries = m + tl.arange(0, BLOCK_M)
             dk, dv = _dkdv_step(
                 dk, dv, k_tile, v_tile, q_tile, grad_tile, lse_row, delta_row, queries, q_end, scale_log2, PRECISION

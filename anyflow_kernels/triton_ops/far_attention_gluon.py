@@ -38,16 +38,10 @@ ROWS = gl.constexpr(64)  # queries of a warpgroup: one wgmma is 64 rows high
 
 @gluon.jit
 def _load_tiles(
-    q,
-    k,
-    v,
-    tiles,
-    tables,
-    heads,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v,
+    tiles, tables, heads,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """The loading warp: q of every item, then its blocks of keys and values, as ring buffers get free."""
     q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
     starts_ptr, items_ptr, ranges_ptr = tables
@@ -88,16 +82,9 @@ def _load_tiles(
 @gluon.jit
 def _attend(
     part: gl.constexpr,
-    tiles,
-    results,
-    tables,
-    heads,
-    num_queries,
-    scale_log2,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    tiles, results, tables, heads, num_queries, scale_log2,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """A compute warpgroup: rows 64 * part to 64 * part + 64 of every tile."""
     q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
     starts_ptr, items_ptr, ranges_ptr = tables
@@ -210,23 +197,10 @@ def _mask_seen(scores, keys, n, k_end, BLOCK_N: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["num_queries"])
 def _far_attention_gluon_kernel(
-    q,
-    k,
-    v,
-    out_ptr,
-    lse_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    starts_ptr,
-    items_ptr,
-    ranges_ptr,
-    heads,
-    num_queries,
-    scale_log2,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    q, k, v, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, starts_ptr, items_ptr, ranges_ptr,
+    heads, num_queries, scale_log2,
+    HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 1, ROWS, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v.layout)
