@@ -1,8 +1,7 @@
 """The operations of an AnyFlow model: their contract, checked once for every backend.
 
 A backend is a module with a function of the same name and arguments for each operation here; it may assume that the
-arguments passed these checks. `load_ops` in `anyflow_kernels` picks the module. One room over 400 lines, since `Ops` is
-one contract.
+arguments passed these checks. `load_ops` in `anyflow_kernels` picks the module.
 
 Letters: B batch, L tokens, S text tokens, T cache slots, H heads, d channels per head, D = H*d, F frames.
 """
@@ -100,15 +99,8 @@ class Ops:
         """
         _expect_dims("q", q, 4)
         for name, tensor in (("k", k), ("v", v)):
-            expected = (q.shape[0], plan.num_keys, *q.shape[2:])
-            _expect(
-                tuple(tensor.shape) == expected,
-                name,
-                tuple(tensor.shape),
-                "{} for q {} and this plan",
-                expected,
-                tuple(q.shape),
-            )
+            keys = (q.shape[0], plan.num_keys, *q.shape[2:])
+            _expect(tuple(tensor.shape) == keys, name, tuple(tensor.shape), "{} for this q and plan", keys)
             _expect(tensor.dtype == q.dtype, name + ".dtype", tensor.dtype, "that of q, {}", q.dtype)
         _expect(q.shape[1] == plan.num_queries, "q", tuple(q.shape), "(B, {}, H, d) for this plan", plan.num_queries)
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -195,13 +187,8 @@ class Ops:
         _expect_dims("qkv", qkv, 3)
         batch, length, width = qkv.shape
         _expect(heads >= 1, "heads", heads, ">= 1")
-        _expect(
-            width % 3 == 0 and (width // 3) % (2 * heads) == 0,
-            "qkv",
-            tuple(qkv.shape),
-            "(B, L, 3*H*d), H={}, even d",
-            heads,
-        )
+        divides = width % 3 == 0 and (width // 3) % (2 * heads) == 0
+        _expect(divides, "qkv", tuple(qkv.shape), "(B, L, 3*H*d), H={}, even d", heads)
         head_dim = width // 3 // heads
         for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight)):
             _expect(tuple(tensor.shape) == (heads * head_dim,), name, tuple(tensor.shape), (heads * head_dim,))
@@ -268,16 +255,11 @@ class Ops:
         _expect(delta.shape == t.shape, "delta", tuple(delta.shape), "the shape of t, {}", tuple(t.shape))
         width = proj_weight.shape[1]
         for name, mlp in (("time_mlp", time_mlp), ("delta_mlp", delta_mlp)):
-            _expect(
-                tuple(mlp.weight_2.shape) == (width, mlp.weight_1.shape[0]),
-                name + ".weight_2",
-                tuple(mlp.weight_2.shape),
-                "(D, D)",
-            )
+            shape = tuple(mlp.weight_2.shape)
+            _expect(shape == (width, mlp.weight_1.shape[0]), name + ".weight_2", shape, "(D, D)")
             _expect(mlp.weight_1.shape[1] % 2 == 0, name + ".weight_1", tuple(mlp.weight_1.shape), "an even freq_dim")
-        _expect(
-            proj_weight.shape[0] == proj_bias.shape[0], "proj_bias", tuple(proj_bias.shape), (proj_weight.shape[0],)
-        )
+        outputs = proj_weight.shape[:1]
+        _expect(proj_bias.shape == outputs, "proj_bias", tuple(proj_bias.shape), tuple(outputs))
         return self._implementation.dual_timestep_embedding(t, delta, time_mlp, delta_mlp, proj_weight, proj_bias, gate)
 
     def patch_embed(
@@ -305,13 +287,9 @@ class Ops:
         """
         _expect_dims("latents", latents, 5)
         _expect_dims("weight", weight, 5)
+        kernel = (latents.shape[2], *patch_size)
         _expect(
-            tuple(weight.shape[1:]) == (latents.shape[2], *patch_size),
-            "weight",
-            tuple(weight.shape),
-            "(D, {}, *{})",
-            latents.shape[2],
-            patch_size,
+            tuple(weight.shape[1:]) == kernel, "weight", tuple(weight.shape), "(D, C, pt, ph, pw) = (D, *{})", kernel
         )
         if bias is not None:
             _expect(bias.shape == weight.shape[:1], "bias", tuple(bias.shape), "({},)", weight.shape[0])
@@ -383,12 +361,8 @@ class Ops:
         _expect(u_uncond is not None or guidance == 1.0, "guidance", guidance, "1.0 without u_uncond")
         for name, sigma in (("sigma_t", sigma_t), ("sigma_r", sigma_r)):
             if isinstance(sigma, Tensor):
-                _expect(
-                    sigma.shape == x.shape[: sigma.ndim] and sigma.ndim <= 2,
-                    name,
-                    tuple(sigma.shape),
-                    "(), (B,) or (B, F)",
-                )
+                fits = sigma.ndim <= 2 and sigma.shape == x.shape[: sigma.ndim]
+                _expect(fits, name, tuple(sigma.shape), "(), (B,) or (B, F)")
         return self._implementation.flow_map_step(x, u, sigma_t, sigma_r, u_uncond, guidance)
 
 

@@ -12,20 +12,7 @@ from torch import Tensor
 from .far_layout import AttentionPlan, KeyRanges
 from .formulas import sinusoid, widen
 from .operations import FrameMap, TimestepMLP
-from .patch_embed import patch_embed, unpatchify
-
-__all__ = [
-    "dual_timestep_embedding",
-    "far_attention",
-    "flow_map_step",
-    "gated_residual_layer_norm",
-    "linear",
-    "linear_gelu",
-    "patch_embed",
-    "qk_norm_rope_append",
-    "rms_norm",
-    "unpatchify",
-]
+from .patch_embed import patch_embed, unpatchify  # noqa: F401  (operations of this backend too)
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

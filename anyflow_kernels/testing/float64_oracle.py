@@ -6,48 +6,24 @@ mask, a block of queries at a time, since flex_attention has no float64 on a GPU
 
 from __future__ import annotations
 
-import sys
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_kernels import AttentionPlan, Ops
-from anyflow_kernels.reference import (
-    dense_attention,
-    dual_timestep_embedding,
-    flow_map_step,
-    gated_residual_layer_norm,
-    linear,
-    linear_gelu,
-    patch_embed,
-    plan_mask,
-    qk_norm_rope_append,
-    rms_norm,
-    unpatchify,
-)
-
-__all__ = [
-    "dual_timestep_embedding",
-    "far_attention",
-    "flow_map_step",
-    "gated_residual_layer_norm",
-    "linear",
-    "linear_gelu",
-    "oracle_ops",
-    "patch_embed",
-    "qk_norm_rope_append",
-    "rms_norm",
-    "unpatchify",
-]
+from anyflow_kernels import OPERATIONS, AttentionPlan, Ops, reference
+from anyflow_kernels.reference import dense_attention, plan_mask
 
 _SCORES = 2**27  # entries of a block of scores: 1 GiB
 
 
 def oracle_ops() -> Ops:
     """The operations for float64 tensors, with the checks of every backend."""
-    return Ops("float64", sys.modules[__name__])
+    operations = ModuleType("float64")
+    vars(operations).update({name: getattr(reference, name) for name in OPERATIONS} | {"far_attention": far_attention})
+    return Ops("float64", operations)
 
 
 def far_attention(
