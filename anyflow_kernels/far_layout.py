@@ -52,8 +52,7 @@ class FarLayout:
 
     Args:
         chunk_partition: latent frames per chunk, oldest first; each at least 1.
-        height, width: latent size; rows and columns beyond a multiple of the patch are dropped, as a strided Conv3d
-            does.
+        height, width: latent size; what fills no whole patch is dropped, as a strided Conv3d does.
         patch_size, compressed_patch_size: `(1, rows, columns)` of a full and of a compressed token.
         full_chunk_limit: chunks at full resolution, the one being generated included.
         mode: which chunks are full (n chunks in all):
@@ -161,28 +160,22 @@ class FarLayout:
 
     @property
     def cache_offset(self) -> int:
-        """Key position of the first query: where its keys and values land in the cache. Query i is key cache_offset +
-        i.
-        """
+        """Key position of the first query, where its keys and values land in the cache: query i is key offset + i."""
         return self.query_segments[0].offset
 
     @cached_property
     def frame_map(self) -> tuple[tuple[int, int], ...]:
-        """Runs `(frames, tokens_per_frame)` of the queries in token order; modulation row f belongs to the f-th
-        frame.
-        """
+        """Runs `(frames, tokens_per_frame)` of the queries in token order; frame f takes modulation row f."""
         runs = groupby(self.query_segments, key=lambda s: s.tokens_per_frame)
         return tuple((sum(s.frames for s in run), tokens) for tokens, run in runs)
 
     @cached_property
     def key_ranges(self) -> tuple[tuple[int, int, KeyRanges], ...]:
-        """Per query segment `(q_start, q_end, ((k_start, k_end), ...))`: 1 to 3 disjoint, ascending, non-adjacent
-        ranges.
+        """Per query segment `(q_start, q_end, ((k_start, k_end), ...))`: 1 to 3 ascending ranges that do not touch.
 
         Compressed chunk i sees compressed chunks <= i. Without a clean copy full chunk j sees all compressed and full
         chunks <= j. With one, noisy chunk j sees all compressed chunks, itself, and clean chunks < j; clean chunk j
-        sees all compressed chunks and clean chunks <= j. Segments without tokens (a frame smaller than a patch) are
-        left out.
+        sees all compressed chunks and clean chunks <= j. Left out: segments without tokens (frames under a patch).
         """
         compressed = [s for s in self.segments if s.kind == "compressed"]
         clean = [s for s in self.segments if s.kind == "clean"]
@@ -257,7 +250,7 @@ class AttentionPlan:
         ranges: `(q_start, q_end, ((k_start, k_end), ...))`, covering all queries in order; per run at most three key
             ranges, ascending and disjoint, at least one key in all.
         phantom_keys: zero keys with zero values in every softmax: they add `phantom_keys * exp(0)` to the denominator.
-            diffusers' FAR inference has them by padding (spec: its defect); 0 is the correct softmax.
+            diffusers' FAR inference has them: it does not mask its padding, a defect. 0 is the correct softmax.
 
     Raises:
         ValueError: if the runs do not tile the queries or a range leaves the keys.

@@ -1,5 +1,5 @@
-"""The `reference` backend: every operation in obvious PyTorch. It is the specification, and a witness: nothing that
-ships imports it, and it shares no formula with what it checks.
+"""The `reference` backend: every operation in obvious PyTorch. It is a witness: nothing that ships imports it, and it
+shares no formula with what it checks.
 
 Attention runs through flex_attention with a BlockMask built element by element from the plan. flex_attention has no
 backward on a CPU, so a CPU call that needs gradients takes `dense_attention`, the same formula with a dense mask.

@@ -67,7 +67,7 @@ def is_query(layout: FarLayout, token: Token) -> bool:
 
 
 def sees(query: Token, key: Token, clean: bool) -> bool:
-    """The table of the specification."""
+    """Who sees whom in FAR (arXiv 2503.19325), token by token."""
     if key.kind == "compressed":
         return key.chunk <= query.chunk
     if not clean:

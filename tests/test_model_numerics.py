@@ -1,7 +1,8 @@
 """Accuracy of both models against float64 on every path, in bf16 and fp32.
 
-Witnesses: a float64 forward written here from the specification alone (one token after the other in a dense mask, no
-cache, nothing shared with the packages), and diffusers 0.42.1 in the same dtype.
+Witnesses: a float64 forward written here from the papers (AnyFlow, arXiv 2605.13724; FAR, arXiv 2503.19325) and the
+released code alone (one token after the other in a dense mask, no cache, nothing shared with the packages), and
+diffusers 0.42.1 in the same dtype.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def oracle_velocity(
 
 
 def dense_mask(kind: Tensor, chunk: Tensor) -> Tensor:
-    """(L, L) bool, query by key: kind 0 compressed, 1 full noisy, 2 clean; the specification line by line."""
+    """(L, L) bool, query by key: kind 0 compressed, 1 full noisy, 2 clean; the rules of FAR one by one."""
     qk, kk, qc, kc = kind[:, None], kind[None], chunk[:, None], chunk[None]
     if not (kind == 2).any():
         return kc <= qc

@@ -10,8 +10,7 @@ streamed once and the arithmetic hides under them. Programs take a few output ch
 tile through the L2.
 
 Bytes:  weights once: 4*(2*D*freq + 2*D*D) + 6*D*D*itemsize. FLOPs: 2*N*(2*D*freq + 2*D*D + 6*D*D). Roof: HBM.
-Source: diffusers' AnyFlowDualTimestepTextImageEmbedding, evaluated there per frame, with its result repeated to every
-        token.
+Source: diffusers' AnyFlowDualTimestepTextImageEmbedding, evaluated there per frame and repeated to every token.
 
 The backward runs once a training step on a handful of rows; it is GEMMs of torch, recomputing h from t.
 """

@@ -2,8 +2,7 @@
 
 Flash attention in which the mask is a loop bound: a tile of queries loops over the at most three contiguous key ranges
 that its segment sees, unmasked but for the last partial block of a range. Phantom keys start the softmax denominator.
-When the tiles do not fill the GPU evenly, keys are split and a second kernel merges the partial results by their
-log-sum-exp.
+When the tiles do not fill the GPU evenly, keys are split and a second kernel merges partial results by log-sum-exp.
 
 FLOPs and bytes: `flops`, `bytes_moved`. Roof: tensor cores.
 Source: FlashAttention-2 (arXiv 2307.08691); stream-K (arXiv 2301.03598) for the split; masks of FAR (arXiv 2503.19325).

@@ -2,8 +2,7 @@
 
 With p = exp(scale * q k^T - lse), dp = dout v^T, delta = rowsum(dout * out) and ds = p * (dp - delta):
 dq = scale * ds k, dk = scale * ds^T q, dv = p^T dout. One kernel walks the key ranges of a query tile (dq), another
-the query ranges that see a key tile (dk, dv; the transposed plan). Phantom keys have no gradient: they act through the
-lse alone.
+the query ranges that see a key tile (dk, dv; the transposed plan). Phantom keys, without gradient, act by the lse.
 
 FLOPs: 14 * plan.num_pairs * d * B * H (scores and dp twice, dq, dk, dv). Roof: tensor cores.
 Source: FlashAttention-2 (arXiv 2307.08691), section 3.2.

@@ -61,8 +61,7 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
 
 
 def attention_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int) -> list[AotCase]:
-    """A kernel under every row of its table: at the released models' shapes where the row serves those, else at its
-    own."""
+    """A kernel under every row of its table, at the released models' shapes where it serves those, else at its own."""
     cases = []
     for row in rows_for(table, arch):
         shapes = [f"{_TYPES[row.itemsize]} d{row.head_dim}{'' if row.descriptors else ' pointers'}"]

@@ -2,11 +2,9 @@
 
     x_r = x - (sigma_t - sigma_r) * (u_uncond + guidance * (u - u_uncond))
 
-fp32 inside; the difference of the noise levels is taken in float64, on the device if they are tensors: no
-synchronisation.
+fp32 inside; the difference of the noise levels is float64, taken on the device if they are tensors: nothing waits.
 
-Bytes:  (x, u, [u_uncond], x_r) = 3 or 4 * numel * itemsize. FLOPs: 2 or 5 * numel. Roof: HBM (a launch, at the size
-        of a chunk).
+Bytes:  (x, u, [u_uncond], x_r) = 3 or 4 * numel * itemsize. FLOPs: 2 or 5 * numel. Roof: HBM; for a chunk, the launch.
 Source: diffusers' FlowMapEulerDiscreteScheduler.step and the guidance of AnyFlowPipeline.
 """
 

@@ -8,8 +8,7 @@ registers). y is the norm of the rounded x_new that is returned, so the next blo
 
 Bytes:  (x, branch, x_new, y) = 4*B*L*D*itemsize, or 2*B*L*D*itemsize without branch, + 4*B*F*D per modulation tensor.
 FLOPs:  ~13*B*L*D. Roof: HBM.
-Source: the norm, gate and modulation steps of diffusers' AnyFlowTransformerBlock, which widens modulation to every
-        token.
+Source: norm, gate and modulation of diffusers' AnyFlowTransformerBlock, which widens modulation to every token.
 
 A program takes a tile of tokens of one frame and reads the frame's modulation once (from L1 where the tile is one
 row). The frame comes from the frame map by arithmetic: there is no index tensor. Without branch the op writes y alone

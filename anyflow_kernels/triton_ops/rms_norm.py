@@ -6,8 +6,8 @@ and, with xhat = x * rstd and h = dy * weight:
 
     dx = rstd * (h - xhat * mean(h * xhat)),   dweight = sum over rows of dy * xhat.
 
-Bytes:  forward 2*N*D*itemsize, backward 3*N*D*itemsize + partial sums, 8*D per GROUP rows. FLOPs: 4*N*D, 9*N*D. Roof:
-        HBM.
+Bytes:  forward 2*N*D*itemsize, backward 3*N*D*itemsize + partial sums, 8*D per GROUP rows.
+FLOPs:  forward 4*N*D, backward 9*N*D. Roof: HBM.
 Source: the q and k norms of diffusers' AnyFlowCrossAttnProcessor (over all D channels, not per head).
 
 rstd is recomputed in the backward from the row that is read anyway. The weight gradient is summed per GROUP rows,

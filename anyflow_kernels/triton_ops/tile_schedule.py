@@ -35,7 +35,7 @@ class Schedule(NamedTuple):
 
     starts: (programs + 1,); program p computes items starts[p] to starts[p + 1].
     items: (n, ITEM): batch * heads + head, first row, end row, slot of the partial result or -1, phantom keys, first
-        range, ranges.
+        range and number of ranges.
     ranges: (n, 2): first column, end column.
     merges: (n, MERGE): batch * heads + head, first row, end row, first slot, slots.
     slots: partial results in all, 0 if no tile is split.
@@ -127,8 +127,7 @@ def query_schedule(
         flat: `encode(plan.ranges)`.
         heads: batch * heads.
         programs: size of the grid: the blocks the GPU holds at once.
-        split_cost: blocks of the longest program that splitting keys must save to be worth the merge; None never
-            splits.
+        split_cost: blocks of the longest program that splitting keys must save to pay for the merge; None: no splits.
     """
     return _build(decode(flat), heads, block_rows, block_columns, programs, split_cost, phantom_keys, device)
 
@@ -143,8 +142,7 @@ def key_schedule(
     block_columns: int,
     device: torch.device,
 ) -> Schedule:
-    """Tiles of keys with the query ranges that see them, one per program, longest first. Arguments as in
-    `query_schedule`."""
+    """Tiles of keys with the query ranges that see them, one per program, longest first; see `query_schedule`."""
     runs = transpose(decode(flat), num_keys)
     return _build(runs, heads, block_rows, block_columns, heads * (num_keys + len(runs)), None, 0, device)
 
