@@ -320,3 +320,20 @@ def test_longest_tiles_first():
     ranges = schedule.ranges.tolist()
     work = [sum(-(-(b - a) // 16) for a, b in ranges[i[5] : i[5] + i[6]]) for i in schedule.items.tolist()]
     assert work == sorted(work, reverse=True) and len(set(work)) > 1
+
+
+def test_the_table_decides_what_serves(monkeypatch):
+    """A library where the table says so and it can: half precision, every key, no phantom ones. Else the kernel."""
+    row = launch_configs.ForwardKernel(arch=launch_configs.architecture(DEVICE), dense="flash", reason="a test")
+    monkeypatch.setattr(launch_configs, "FORWARD_KERNELS", (row,))
+    monkeypatch.setattr(forward, "_library_forward", lambda library, *call: library)
+    monkeypatch.setattr(forward, "launch_forward", lambda *call: "triton")
+
+    def served(plan: AttentionPlan, dtype: torch.dtype) -> object:
+        q, k, v, _ = inputs(plan, dtype=dtype)
+        return forward.choose(q, k, v, tuple(encode(plan.ranges)), plan.phantom_keys)(0.25)
+
+    assert served(AttentionPlan.dense(9, 21), torch.bfloat16) == "flash"
+    assert served(AttentionPlan.dense(9, 21), torch.float32) == "triton"
+    assert served(AttentionPlan.dense(9, 21, phantom_keys=3), torch.bfloat16) == "triton"
+    assert served(GAPS, torch.bfloat16) == "triton"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from anyflow_kernels import available_backends
+from anyflow_kernels.testing.budget import check
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, FarCache
 
 from .launch_counting import LaunchCounter
@@ -111,9 +112,8 @@ def test_far_gradients() -> None:
     wide = {name: value.double() for name, value in clean.items()}
     high = gradients(model.double(), *(x.double() for x in args), **wide)
     assert got.keys() == high.keys()
-    for name, oracle in high.items():
-        budget = 2 * relative_error(low[name], oracle) + 2e-6
-        assert relative_error(got[name], oracle) <= budget, name
+    for name, oracle in high.items():  # sums over tokens in another order, layer after layer: 16 rounding steps
+        check(name, got[name], low[name], oracle, steps=16)
 
 
 def test_a_block_launches_at_most_fourteen_kernels() -> None:
