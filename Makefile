@@ -1,5 +1,5 @@
-# make demo | test | check | drop-in, on a fresh clone. The virtual environment is made once, and brought up to date when the
-# metadata, the pins or the C++ sources change.
+# make demo | test | check | drop-in | docs, on a fresh clone. The virtual environment is made once, and brought up to date
+# when the metadata, the pins or the C++ sources change.
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -11,9 +11,9 @@ EXTENSION_SOURCES := $(wildcard csrc/*)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
-CODE := $(PUBLIC) $(wildcard tests bench scripts) setup.py
+CODE := $(PUBLIC) $(wildcard tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test check format cuda-check aot-check clean FORCE
+.PHONY: demo drop-in test browser-test check format cuda-check aot-check docs clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -46,8 +46,13 @@ cuda-check: $(STAMP)
 aot-check: $(STAMP)
 	$(PY) -m anyflow_kernels.aot --check
 
+# The site of docs/ into site/. Reads sources alone: it needs neither torch nor the extension.
+docs: | $(PY)
+	$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info anyflow_kernels/_C*.so
+	rm -rf $(VENV) build site *.egg-info anyflow_kernels/_C*.so
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as diffusers 0.42 does: make PYTHON=..." >&2; exit 1; }
