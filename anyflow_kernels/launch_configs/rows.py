@@ -59,7 +59,8 @@ ROW_TILES = (
     RowTile(operation=f"{_RMS}_backward", max_channels=2048, rows=32, num_warps=4, reason=_SUMS),
     RowTile(operation=f"{_RMS}_backward", max_channels=8192, rows=32, num_warps=8, reason=_SUMS),
     *(
-        RowTile(operation=name, archs=(INTERPRETER,), max_channels=8192, rows=rows, num_warps=1, reason=_INTERPRETED)
+        RowTile(operation=name, archs=(INTERPRETER,), max_channels=8192, rows=rows, num_warps=1,
+            reason=f"several rows a program: {_INTERPRETED}")
         for name, rows in (
             (_NORM, 4), (f"{_NORM}_backward", 4), (_ROPE, 1), (f"{_ROPE}_backward", 4), (_RMS, 8),
             (f"{_RMS}_backward", 8),
