@@ -34,6 +34,7 @@ check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
 	$(PY) -m mypy $(addprefix -p ,$(PUBLIC))
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 
 format: $(STAMP)
 	$(PY) -m ruff check --fix $(CODE)
