@@ -345,7 +345,9 @@ class Ops:
         u_uncond: Tensor | None = None,
         guidance: float = 1.0,
     ) -> Tensor:
-        """One step of the flow map: `x - (sigma_t - sigma_r) * (u_uncond + guidance * (u - u_uncond))`, fp32 inside.
+        """One step of the flow map: `x - (sigma_t - sigma_r) * (u_uncond + guidance * (u - u_uncond))`.
+
+        In float64, rounded once, as diffusers steps.
 
         Args:
             x, u, u_uncond: latents of one shape (B, F, ...), floating point.

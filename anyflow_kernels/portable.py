@@ -202,15 +202,14 @@ def flow_map_step(
     u_uncond: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    """The difference of the sigmas is taken in float64 and rounded once; two floats need no tensor."""
-    wide, velocity = widen(x), widen(u)
+    """In float64, rounded once; two floats need no tensor."""
+    velocity = u.double()
     if u_uncond is not None:
-        velocity = widen(u_uncond) + guidance * (velocity - widen(u_uncond))
+        velocity = torch.lerp(u_uncond.double(), velocity, guidance)
 
     def level(sigma: Tensor | float) -> Tensor | float:
         if not isinstance(sigma, Tensor):
             return sigma
         return sigma.to(x.device, torch.float64).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
-    step = level(sigma_t) - level(sigma_r)
-    return (wide - (step.to(wide.dtype) if isinstance(step, Tensor) else step) * velocity).to(x.dtype)
+    return (x.double() - (level(sigma_t) - level(sigma_r)) * velocity).to(x.dtype)

@@ -231,10 +231,8 @@ def flow_map_step(
     u_uncond: Tensor | None,
     guidance: float,
 ) -> Tensor:
-    velocity = widen(u) if u_uncond is None else widen(u_uncond) + guidance * (widen(u) - widen(u_uncond))
-    wide = widen(x)
-    step = _sigma(sigma_t, wide) - _sigma(sigma_r, wide)
-    return (wide - step.to(wide.dtype) * velocity).to(x.dtype)
+    velocity = u.double() if u_uncond is None else u_uncond.double() + guidance * (u.double() - u_uncond.double())
+    return (x.double() - (_sigma(sigma_t, x) - _sigma(sigma_r, x)) * velocity).to(x.dtype)
 
 
 def _sigma(sigma: Tensor | float, x: Tensor) -> Tensor:

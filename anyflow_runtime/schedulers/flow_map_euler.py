@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow_kernels import load_ops
+
 from .base import shifted
 from .config_io import SchedulerConfigMixin
 
@@ -213,9 +215,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
                 "Please pass an explicit `r_timestep` for any-step sampling outside the schedule."
             )
 
-        # Given dimensions, float64 sigmas promote the whole expression to float64, as in diffusers.
-        sigma_t, sigma_r = _with_ndim(sigma_t, sample.ndim), _with_ndim(sigma_r, sample.ndim)
-        prev_sample = (sample - (sigma_t - sigma_r) * model_output).to(model_output.dtype)
+        prev_sample = flow_map_step(sample, model_output, sigma_t, sigma_r)
 
         if self._step_index is None:
             start = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
@@ -263,6 +263,20 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
             if rest == 0 and 0 <= row < len(table):
                 return self._host_timesteps()[row].item()
         return timestep.flatten()[0].item()
+
+
+def flow_map_step(sample: Tensor, model_output: Tensor, sigma_t: Tensor, sigma_r: Tensor) -> Tensor:
+    """`sample` at sigma_r, in the dtype of `model_output`: one kernel, to the bit what diffusers computes.
+
+    Args:
+        sigma_t, sigma_r: of no or of leading dimensions, float64 (float32 on MPS and NPU).
+    """
+    if sample.dtype == model_output.dtype and sigma_t.dtype == torch.float64 and max(sigma_t.ndim, sigma_r.ndim) <= 2:
+        kernel = sample.is_cuda and sample.dtype != torch.float64
+        return load_ops("auto" if kernel else "torch").flow_map_step(sample, model_output, sigma_t, sigma_r)
+    # Given dimensions, float64 sigmas promote the whole expression to float64.
+    sigma_t, sigma_r = _with_ndim(sigma_t, sample.ndim), _with_ndim(sigma_r, sample.ndim)
+    return (sample - (sigma_t - sigma_r) * model_output).to(model_output.dtype)
 
 
 def _with_ndim(sigma: Tensor, ndim: int) -> Tensor:
