@@ -22,15 +22,12 @@ from torch import Tensor
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, derive_config, open_model, stream
 
+from .common import MODEL_ARGUMENTS as MODELS
 from .common import check_close, machine_line, write_rows
 from .costs import rollout_flops
 
 PARTITION, HEIGHT, WIDTH, TEXT_TOKENS = (1, 3, 3, 3, 3, 3, 3, 2), 60, 104, 512
 FRAMES = 4 * (sum(PARTITION) - 1) + 1
-MODELS: dict[str, dict[str, Any]] = {
-    "1.3B": {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960},
-    "14B": {"num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824},
-}
 # Seconds the transformer needs on an H200 at 790 TFLOP/s in GEMMs and 600 in attention: `rollout_flops`, split.
 FLOOR = {("1.3B", 1): 0.581, ("1.3B", 4): 1.314, ("14B", 1): 4.05, ("14B", 4): 8.90}
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...config import derive_config
 from ...streaming.library import stream
+from ...streaming.open_model import open_model
 from ...streaming.pipeline import StreamInferencePipeline
-from ...streaming.pixel_model import DEMO_MODEL, pixel_pipeline
+from ...streaming.pixel_model import DEMO_MODEL
 from .shapes import AMPLITUDE, ShapesBatch, ShapesDataset
 from .shapes_measure import Measurement, continuation_error, energy_distance, measure
 
@@ -68,10 +69,12 @@ def load(path: str | os.PathLike[str] = DEMO_MODEL, mean_velocity: bool = True) 
     Args:
         mean_velocity: False for a model of plain flow matching, which knows only r = t (Euler steps).
     """
-    config = pixel_pipeline(path)
+    pipeline = open_model(path, device="cpu", dtype=torch.float32)
     if not mean_velocity:
-        config = derive_config(config, diffusion_model={"scheduler": {"use_mean_velocity": False}})
-    return config.setup().eval()
+        model = pipeline.diffusion_model
+        model.config = derive_config(model.config, scheduler={"use_mean_velocity": False})
+        model.scheduler = model.config.scheduler.setup()
+    return pipeline
 
 
 def sample(
