@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.base import EncoderConfig
+from ..errors import LifecycleError
 from ..models.base import AnyFlowModel
 from ..schedulers.base import GuidedFlow
 from .transformer import Transformer, TransformerCacheT, TransformerConfig
@@ -115,6 +117,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         if context_encoder is None and config.context_encoder is not None:
             context_encoder = config.context_encoder.setup()
         self.context_encoder: Any = context_encoder
+        self._latest: weakref.ref[TransformerCacheT] | None = None
 
     def _load(self, config: Any, device: torch.device | str | None) -> AnyFlowModel:
         directory = local_directory(config.path, config.subfolder)
@@ -138,6 +141,19 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
     def default_partition(self) -> tuple[int, ...]:
         """Latent frames per chunk of a rollout that names no others."""
         return tuple(self.config.chunk_partition or self.model.config.chunk_partition)
+
+    def remembered(self, cache: TransformerCacheT) -> TransformerCacheT:
+        """`cache`, as that of the rollout that was initialised last."""
+        self._latest = weakref.ref(cache)
+        return cache
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(B, F, C, H, W) of the next chunk of the rollout that was initialised last."""
+        cache = None if self._latest is None else self._latest()
+        if cache is None:
+            raise LifecycleError("latent_shape: no rollout has been initialised, call initialize_autoregressive_cache")
+        return self.chunk_latent_shape(getattr(cache, "num_finished", 0), cache)
 
     def patchify_and_maybe_split_cp(self, x: Any) -> Any:
         """`x`: the model works on latents."""

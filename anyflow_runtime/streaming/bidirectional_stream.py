@@ -5,7 +5,6 @@ Source: AnyFlow (arXiv 2605.13724); diffusers' `AnyFlowPipeline`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,35 +72,20 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
 
     model_class = AnyFlowTransformer3DModel
 
-    def __init__(
-        self,
-        config: AnyFlowBidirectionalStreamConfig,
-        model: Any = None,
-        context_encoder: Any = None,
-        device: Any = None,
-    ) -> None:
-        super().__init__(config, model, context_encoder, device)
-        self._latest: weakref.ref[AnyFlowBidirectionalStreamCache] | None = None
-
     @property
     def default_partition(self) -> tuple[int, ...]:
         """The config's single chunk, or that of the released models."""
         return tuple(self.config.chunk_partition or (RELEASED_FRAMES,))
 
     @torch.no_grad()
-    def initialize_autoregressive_cache(  # type: ignore[override]
+    def initialize_autoregressive_cache(
         self,
         *,
-        prompt: Any = None,
-        text_embeddings: Tensor | None = None,
-        negative_prompt: Any = None,
-        negative_text_embeddings: Tensor | None = None,
-        image_embeddings: Tensor | None = None,
-        guidance_scale: float = 1.0,
         chunk_partition: Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
         context_latents: Tensor | None = None,
+        **prompts: Any,
     ) -> AnyFlowBidirectionalStreamCache:
         """A fresh cache.
 
@@ -113,26 +97,14 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
         Raises:
             ValueError: on shapes that do not fit.
         """
-        condition = self.make_condition(
-            prompt, text_embeddings, negative_prompt, negative_text_embeddings, image_embeddings, guidance_scale
-        )
+        condition = self.make_condition(**prompts)
         frames = _single_chunk(chunk_partition or self.default_partition)
         size = self.latent_size(height, width, context_latents)
         prefix = self.given_latents(context_latents, condition, size)
         if prefix is not None and prefix.shape[1] >= frames:
             raise ValueError(f"context_latents: got {prefix.shape[1]} frames, expected fewer than the video's {frames}")
         shape = (condition.batch, frames, self.model.config.in_channels, *size)
-        cache = AnyFlowBidirectionalStreamCache(condition, shape, prefix)
-        self._latest = weakref.ref(cache)
-        return cache
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(B, F, C, H, W) of the rollout that was initialised last."""
-        cache = None if self._latest is None else self._latest()
-        if cache is None:
-            raise LifecycleError("latent_shape: no rollout has been initialised, call initialize_autoregressive_cache")
-        return cache.latent_shape
+        return self.remembered(AnyFlowBidirectionalStreamCache(condition, shape, prefix))
 
     def chunk_latent_shape(self, autoregressive_index: int, cache: AnyFlowBidirectionalStreamCache) -> tuple[int, ...]:
         """(B, F, C, H, W) of the video."""

@@ -9,7 +9,6 @@ Source: FAR (arXiv 2503.19325) and AnyFlow (arXiv 2605.13724); diffusers' `AnyFl
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,42 +150,33 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         super().__init__(config, model, context_encoder, device)
         if config.phantom_padding is not None:
             self.model.phantom_padding = config.phantom_padding
-        self._latest: weakref.ref[AnyFlowFARStreamCache] | None = None
 
     @torch.no_grad()
-    def initialize_autoregressive_cache(  # type: ignore[override]
+    def initialize_autoregressive_cache(
         self,
         *,
-        prompt: Any = None,
-        text_embeddings: Tensor | None = None,
-        negative_prompt: Any = None,
-        negative_text_embeddings: Tensor | None = None,
-        image_embeddings: Tensor | None = None,
-        guidance_scale: float = 1.0,
         chunk_partition: Sequence[int] | None = None,
         endless: bool = False,
         height: int | None = None,
         width: int | None = None,
         context_latents: Tensor | None = None,
+        **prompts: Any,
     ) -> AnyFlowFARStreamCache:
         """A fresh cache.
 
         Args:
-            prompt, text_embeddings, negative_prompt, negative_text_embeddings, image_embeddings, guidance_scale: see
-                `make_condition`.
             chunk_partition: latent frames per chunk; None is the config's, or else the model's.
             endless: go on after the partition, with chunks of its last size.
             height, width: latent size; None is that of `context_latents`, or else the config's.
             context_latents: (B, F, C, H, W) normalised latents of the first chunks, which are given and not generated:
                 one frame for image-to-video, more for video-to-video. They are returned by the first calls of
                 `generate` as they are.
+            prompts: the keywords of `make_condition`.
 
         Raises:
             ValueError: on shapes that do not fit, or context that covers a chunk only partly.
         """
-        condition = self.make_condition(
-            prompt, text_embeddings, negative_prompt, negative_text_embeddings, image_embeddings, guidance_scale
-        )
+        condition = self.make_condition(**prompts)
         partition = check_partition(self.default_partition if chunk_partition is None else chunk_partition)
         size = self.latent_size(height, width, context_latents)
         given = self.given_latents(context_latents, condition, size)
@@ -197,17 +187,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
             slots = (max(partition),) * (limit + 1)
         far = FarCache.for_model(self.model, slots, *size, condition.text.shape[0])
         num_chunks = None if endless else len(partition)
-        cache = AnyFlowFARStreamCache(self, far, condition, partition, num_chunks, tuple(chunks))
-        self._latest = weakref.ref(cache)
-        return cache
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(B, F, C, H, W) of the next chunk of the rollout that was initialised last."""
-        cache = None if self._latest is None else self._latest()
-        if cache is None:
-            raise LifecycleError("latent_shape: no rollout has been initialised, call initialize_autoregressive_cache")
-        return self.chunk_latent_shape(cache.num_finished, cache)
+        return self.remembered(AnyFlowFARStreamCache(self, far, condition, partition, num_chunks, tuple(chunks)))
 
     def chunk_latent_shape(self, autoregressive_index: int, cache: AnyFlowFARStreamCache) -> tuple[int, ...]:
         """(B, F, C, H, W) of a chunk."""
