@@ -13,6 +13,7 @@ from torch import nn
 
 from ..causal_time import latent_frames, pixel_frames
 from ..config import InstantiateConfig
+from ..encoders.base import VideoRatios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +43,11 @@ class StreamingDecoder(ABC, nn.Module, Generic[StreamingDecoderCacheT]):
         """A fresh cache for a new rollout."""
 
 
-class StreamingVideoDecoder(StreamingDecoder[StreamingDecoderCacheT]):
+class StreamingVideoDecoder(VideoRatios, StreamingDecoder[StreamingDecoderCacheT]):
     """Streaming decoder from latent video to pixel video.
 
     The size maps are those of a causal codec (`causal_time`); override them for another one.
     """
-
-    @property
-    @abstractmethod
-    def spatial_compression_ratio(self) -> int:
-        """Pixel side / latent side."""
-
-    @property
-    @abstractmethod
-    def temporal_compression_ratio(self) -> int:
-        """Pixel frames / latent frames from the second chunk on."""
 
     def get_output_temporal_size(self, autoregressive_index: int, input_temporal_size: int) -> int:
         """Pixel frames made of `input_temporal_size` latent frames.

@@ -50,11 +50,8 @@ class StreamingEncoder(_ConfiguredModule, Generic[StreamingEncoderCacheT]):
         """A fresh cache for a new rollout."""
 
 
-class StreamingVideoEncoder(StreamingEncoder[StreamingEncoderCacheT]):
-    """Streaming encoder from pixel video to latent video.
-
-    The size maps are those of a causal codec (`causal_time`); override them for another one.
-    """
+class VideoRatios(ABC):
+    """Sizes of video against latents, of either half of a codec."""
 
     @property
     @abstractmethod
@@ -65,6 +62,13 @@ class StreamingVideoEncoder(StreamingEncoder[StreamingEncoderCacheT]):
     @abstractmethod
     def temporal_compression_ratio(self) -> int:
         """Pixel frames / latent frames from the second chunk on."""
+
+
+class StreamingVideoEncoder(VideoRatios, StreamingEncoder[StreamingEncoderCacheT]):
+    """Streaming encoder from pixel video to latent video.
+
+    The size maps are those of a causal codec (`causal_time`); override them for another one.
+    """
 
     def get_output_temporal_size(self, autoregressive_index: int, input_temporal_size: int) -> int:
         """Latent frames made of `input_temporal_size` pixel frames.

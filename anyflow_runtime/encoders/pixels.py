@@ -4,44 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder, check_frames
+from ..config import InstantiateConfig
+from .base import EncoderConfig, StreamingEncoderCache, StreamingVideoEncoder, VideoRatios, check_frames
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelEncoderConfig(EncoderConfig):
-    """Config of `PixelEncoder`.
+class PixelCodecConfig(InstantiateConfig):
+    """What the configs of `PixelEncoder` and `PixelDecoder` share.
 
     Args:
         channels: of the video.
         block: pixels of a block x block square become the channels of one latent, `channels * block**2` of them.
-        pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1].
         latent_range: values of latents that are black and white.
     Raises:
-        ValueError: at construction, for counts below one or an unknown or empty range.
+        ValueError: at construction, for counts below one or an empty range.
     """
 
-    _target: type[PixelEncoder] = field(default_factory=lambda: PixelEncoder)
     channels: int = 3
     block: int = 1
-    pixel_range: str = "signed"
     latent_range: Sequence[float] = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.channels < 1 or self.block < 1:
             raise ValueError(f"channels, block: got {self.channels}, {self.block}, expected at least 1")
-        if self.pixel_range not in ("signed", "unit"):
-            raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected 'signed' or 'unit'")
-        check_range("latent_range", self.latent_range)
+        if len(self.latent_range) != 2 or not self.latent_range[0] < self.latent_range[1]:
+            raise ValueError(f"latent_range: got {self.latent_range}, expected two rising numbers")
 
 
-class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
-    """Video to latents without loss: a space-to-depth rearrangement, one latent frame for each pixel frame."""
+class PixelRatios(VideoRatios):
+    """Squares of pixels as one latent, frame by frame."""
+
+    config: Any
 
     @property
     def spatial_compression_ratio(self) -> int:
@@ -50,6 +50,29 @@ class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
     @property
     def temporal_compression_ratio(self) -> int:
         return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelEncoderConfig(PixelCodecConfig, EncoderConfig):
+    """Config of `PixelEncoder`; see also `PixelCodecConfig`.
+
+    Args:
+        pixel_range: "signed" for video in [-1, 1], "unit" for video in [0, 1].
+    Raises:
+        ValueError: at construction, for another range.
+    """
+
+    _target: type[PixelEncoder] = field(default_factory=lambda: PixelEncoder)
+    pixel_range: str = "signed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pixel_range not in ("signed", "unit"):
+            raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected 'signed' or 'unit'")
+
+
+class PixelEncoder(PixelRatios, StreamingVideoEncoder[StreamingEncoderCache]):
+    """Video to latents without loss: a space-to-depth rearrangement, one latent frame for each pixel frame."""
 
     def initialize_autoregressive_cache(self) -> StreamingEncoderCache:
         """An empty cache: the frames do not depend on each other."""
@@ -75,9 +98,3 @@ class PixelEncoder(StreamingVideoEncoder[StreamingEncoderCache]):
             latents = latents * 2 - 1
         black, white = self.config.latent_range
         return latents * ((white - black) / 2) + (white + black) / 2
-
-
-def check_range(name: str, values: Sequence[float]) -> None:
-    """Raise ValueError unless `values` are two rising numbers."""
-    if len(values) != 2 or not values[0] < values[1]:
-        raise ValueError(f"{name}: got {values}, expected two rising numbers")

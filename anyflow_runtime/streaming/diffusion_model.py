@@ -1,7 +1,7 @@
 """A transformer and a scheduler as one thing that makes clean latents, chunk by chunk.
 
 Draws per chunk, all from one generator: the initial noise, what the scheduler draws while sampling, and at the end one
-more if the context is kept noisy. Source: the Diffusion model chapter of the streaming documents.
+more if the context is kept noisy.
 """
 
 from __future__ import annotations

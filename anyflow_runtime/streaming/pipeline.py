@@ -6,7 +6,6 @@
         pipeline.finalize(i, cache)  # optional after the last chunk
 
 A call commits only when it has succeeded: a `generate` or `finalize` that raised may simply be called again.
-Source: the Pipeline chapter of the streaming documents.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ One chunk of a rollout, as the diffusion model drives it:
     flow = transformer.predict_flow(x, t, cache)     # once per denoising step, overwrites the chunk's keys and values
     transformer.finalize_kv_cache(clean, 0, cache)   # the same with the clean chunk
     cache.finalize(i)                                # commit
-
-Source: the Transformer chapter of the streaming documents.
 """
 
 from __future__ import annotations
