@@ -9,17 +9,6 @@ from .renames import Report
 from .research import from_research, read_research
 
 __all__ = [
-    "LAYOUTS",
-    "Report",
-    "check_config",
-    "convert",
-    "convert_state_dict",
-    "detect_layout",
-    "from_fastgen",
-    "from_fastvideo",
-    "from_research",
-    "read_checkpoint",
-    "read_research",
-    "to_fastgen",
-    "to_fastvideo",
-]
+    "LAYOUTS", "Report", "check_config", "convert", "convert_state_dict", "detect_layout", "from_fastgen",
+    "from_fastvideo", "from_research", "read_checkpoint", "read_research", "to_fastgen", "to_fastvideo",
+]  # fmt: skip

@@ -17,19 +17,7 @@ from .text import UMT5TextEncoder, UMT5TextEncoderConfig
 from .words import WordEncoder, WordEncoderConfig
 
 __all__ = [
-    "Encoder",
-    "EncoderConfig",
-    "NullEncoder",
-    "NullEncoderConfig",
-    "PixelEncoder",
-    "PixelEncoderConfig",
-    "StreamOrderError",
-    "StreamingEncoder",
-    "StreamingEncoderCache",
-    "StreamingVideoEncoder",
-    "TemporalSizeError",
-    "UMT5TextEncoder",
-    "UMT5TextEncoderConfig",
-    "WordEncoder",
-    "WordEncoderConfig",
-]
+    "Encoder", "EncoderConfig", "NullEncoder", "NullEncoderConfig", "PixelEncoder", "PixelEncoderConfig",
+    "StreamOrderError", "StreamingEncoder", "StreamingEncoderCache", "StreamingVideoEncoder", "TemporalSizeError",
+    "UMT5TextEncoder", "UMT5TextEncoderConfig", "WordEncoder", "WordEncoderConfig",
+]  # fmt: skip

@@ -15,21 +15,11 @@ if TYPE_CHECKING:
     from .flow_map_euler import FlowMapEulerDiscreteScheduler, FlowMapEulerDiscreteSchedulerOutput
 
 __all__ = [
-    "EulerDiscreteScheduler",
-    "EulerDiscreteSchedulerConfig",
-    "FlowMapEulerDiscreteScheduler",
-    "FlowMapEulerDiscreteSchedulerOutput",
-    "FlowMapEulerScheduler",
-    "FlowMapEulerSchedulerConfig",
-    "FlowMatchScheduler",
-    "FlowMatchSchedulerConfig",
-    "FlowMatchUniPCScheduler",
-    "FlowMatchUniPCSchedulerConfig",
-    "FlowPredictor",
-    "ScheduleError",
-    "Scheduler",
-    "SchedulerConfig",
-]
+    "EulerDiscreteScheduler", "EulerDiscreteSchedulerConfig", "FlowMapEulerDiscreteScheduler",
+    "FlowMapEulerDiscreteSchedulerOutput", "FlowMapEulerScheduler", "FlowMapEulerSchedulerConfig", "FlowMatchScheduler",
+    "FlowMatchSchedulerConfig", "FlowMatchUniPCScheduler", "FlowMatchUniPCSchedulerConfig", "FlowPredictor",
+    "ScheduleError", "Scheduler", "SchedulerConfig",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
