@@ -52,11 +52,13 @@ class AotCase:
         return str(self.kernel.fn.__name__).strip("_")
 
 
-def argument_types(kernel: Any, dtype: str, fp32: Sequence[str] = (), absent: Sequence[str] = ()) -> dict[str, str]:
+def argument_types(
+    kernel: Any, dtype: str, fp32: Sequence[str] = (), absent: Sequence[str] = (), fp64: Sequence[str] = ()
+) -> dict[str, str]:
     """Types of a kernel's run-time arguments by name, for `AotCase`.
 
-    Pointers (named `*_ptr`) have `dtype` unless named in `fp32`; other arguments are i32 unless named in `fp32`.
-    `absent` ones are left out: they are constants at this shape.
+    Pointers (named `*_ptr`) have `dtype`, other arguments are i32, unless named in `fp32` or `fp64`. `absent` ones are
+    left out: they are constants at this shape.
     """
     types = {}
     for parameter in kernel.params:
@@ -64,7 +66,7 @@ def argument_types(kernel: Any, dtype: str, fp32: Sequence[str] = (), absent: Se
         if parameter.is_constexpr or name in absent:
             continue
         is_pointer = name.endswith("_ptr")
-        plain = "fp32" if name in fp32 else (dtype if is_pointer else "i32")
+        plain = "fp32" if name in fp32 else "fp64" if name in fp64 else dtype if is_pointer else "i32"
         types[name] = "*" + plain if is_pointer else plain
     return types
 

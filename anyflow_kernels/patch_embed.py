@@ -11,7 +11,9 @@ into the caller's token slab. For N tokens of K features: N*K elements read, pac
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -153,3 +155,15 @@ if extension_available():
     torch.library.register_autograd("anyflow::patch_embed", _backward_embed, setup_context=_save_embed)
     torch.library.register_autograd("anyflow::pack_patches", _backward_pack, setup_context=_save_pack)
     torch.library.register_autograd("anyflow::unpack_patches", _backward_unpack, setup_context=_save_unpack)
+
+
+class _Operation(ModuleType):
+    """`anyflow_kernels.patch_embed` is this module once it is loaded, and is promised to be the operation too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        from . import load_ops
+
+        return load_ops("auto").patch_embed(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Operation

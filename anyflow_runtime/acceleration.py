@@ -54,11 +54,12 @@ def accelerate(
     transformer = _transformer_of(pipe)
     if not isinstance(transformer, AnyFlowModel):
         _adopt(transformer)
+    transformer._init_runtime(backend, match_diffusers_padding, cuda_graphs)
     scheduler: Any = getattr(pipe, "scheduler", None)
     kind = type(scheduler)
-    if kind.__name__ == _SCHEDULER and kind.__module__.startswith("diffusers.") and kind not in _MERGED.values():
-        scheduler.__class__ = _merged_scheduler(type(scheduler))
-    transformer._init_runtime(backend, match_diffusers_padding, cuda_graphs)
+    if kind.__name__ == _SCHEDULER and kind.__module__.startswith("diffusers."):
+        scheduler.__class__ = kind if kind in _MERGED.values() else _merged_scheduler(kind)
+        scheduler.kernels = transformer.ops
     for block in transformer.blocks:
         vars(block).pop("_compiled_call_impl", None)
         if compile:
@@ -82,6 +83,7 @@ def restore(pipe: Pipeline) -> Pipeline:
     scheduler: Any = getattr(pipe, "scheduler", None)
     if type(scheduler) in _MERGED.values():
         scheduler.__class__ = type(scheduler).__bases__[0]
+        del scheduler.kernels
     return pipe
 
 
@@ -139,7 +141,7 @@ def _merged_scheduler(theirs: Any) -> type:
         return output(*result) if return_dict else result
 
     def reduce(self: Any) -> tuple[Any, ...]:  # a pickle or a copy is diffusers' own: no module knows this class
-        return _with_state, (theirs, dict(vars(self)))
+        return _with_state, (theirs, {name: value for name, value in vars(self).items() if name != "kernels"})
 
     step.__doc__ = theirs.step.__doc__
     names = {"step": step, "_sigmas_at": ours._sigmas_at, "__reduce__": reduce, "__module__": theirs.__module__}

@@ -87,8 +87,11 @@ def test_it_stays_the_same_object_and_class(pipe, tmp_path):
     assert diffusers.DiffusionPipeline.load_config(tmp_path)["scheduler"] == ["diffusers", Theirs.__name__]
     for copied in (pickle.loads(pickle.dumps(scheduler)), copy.deepcopy(scheduler)):
         assert type(copied) is Theirs and dict(copied.config) == dict(scheduler.config)
+    assert scheduler.kernels is pipe.transformer.ops
+    accelerate(pipe, backend="reference")
+    assert scheduler.kernels is pipe.transformer.ops and scheduler.kernels.backend == "reference"
     restore(pipe)
-    assert pipe.scheduler is scheduler and type(scheduler) is Theirs
+    assert pipe.scheduler is scheduler and type(scheduler) is Theirs and not hasattr(scheduler, "kernels")
 
 
 def test_other_schedulers_are_left_alone(pipe):

@@ -188,3 +188,15 @@ def test_nothing_that_ships_imports_the_reference() -> None:
     )
     named = {path for package in packages for path in package.rglob("*.py") if importing.search(path.read_text())}
     assert {path.parent.name for path in named} == {"testing"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_a_function_of_the_package(name):
+    """Also where a module has its name, before and after it is loaded."""
+
+    load_ops("torch")
+    assert callable(getattr(anyflow_kernels, name))
+    if name == "patch_embed":
+        x, weight = torch.randn(1, 2, 3, 4, 4), torch.randn(5, 3, 1, 2, 2)
+        got = anyflow_kernels.patch_embed(x, weight, None, (1, 2, 2))
+        assert torch.equal(got, load_ops("auto").patch_embed(x, weight, None, (1, 2, 2)))

@@ -12,6 +12,7 @@ Source: diffusers' FlowMapEulerDiscreteScheduler.step and the guidance of AnyFlo
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def _flow_map_step_kernel(
     sigma_r_stride_f,
     rows_per_batch,
     row_size,
-    step,
-    guidance,
+    step: tl.float64,  # a Python float would be fp32
+    guidance: tl.float64,
     BLOCK: tl.constexpr,
 ):
     i_n = tl.program_id(1).to(tl.int64)  # a frame of a sample, or all of it if no noise level is per frame
@@ -180,20 +181,11 @@ def aot_cases(arch: int) -> list[AotCase]:
     types = argument_types(
         _flow_map_step_kernel,
         "bf16",
-        fp32=("sigma_t_ptr", "sigma_r_ptr", "step", "guidance"),
+        fp64=("sigma_t_ptr", "sigma_r_ptr", "step", "guidance"),
         absent=("sigma_t_stride_f", "sigma_r_stride_f"),
     )
     constexprs = {"BLOCK": tile.columns, "sigma_t_stride_f": 1, "sigma_r_stride_f": 1}
     divisible = ("row_size",)  # 16 * 60 * 104 latents of a frame
     options = {"enable_fp_fusion": False}
-    return [
-        AotCase(
-            _flow_map_step_kernel,
-            "chunk",
-            types,
-            constexprs,
-            num_warps=tile.num_warps,
-            divisible=divisible,
-            options=options,
-        )
-    ]
+    case = AotCase(_flow_map_step_kernel, "chunk", types, constexprs, divisible=divisible, options=options)
+    return [replace(case, num_warps=tile.num_warps)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_kernels import load_ops
+from anyflow_kernels import Ops, available_backends, load_ops
 
 from .base import shifted
 from .config_io import SchedulerConfigMixin
@@ -215,7 +215,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
                 "Please pass an explicit `r_timestep` for any-step sampling outside the schedule."
             )
 
-        prev_sample = flow_map_step(sample, model_output, sigma_t, sigma_r)
+        prev_sample = flow_map_step(sample, model_output, sigma_t, sigma_r, getattr(self, "kernels", None))
 
         if self._step_index is None:
             start = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
@@ -265,18 +265,28 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
         return timestep.flatten()[0].item()
 
 
-def flow_map_step(sample: Tensor, model_output: Tensor, sigma_t: Tensor, sigma_r: Tensor) -> Tensor:
+def flow_map_step(
+    sample: Tensor, model_output: Tensor, sigma_t: Tensor, sigma_r: Tensor, ops: Ops | None = None
+) -> Tensor:
     """`sample` at sigma_r, in the dtype of `model_output`: one kernel, to the bit what diffusers computes.
 
     Args:
         sigma_t, sigma_r: of no or of leading dimensions, float64 (float32 on MPS and NPU).
+        ops: of the model that is sampled; None: those that can run where the sample lies.
     """
     if sample.dtype == model_output.dtype and sigma_t.dtype == torch.float64 and max(sigma_t.ndim, sigma_r.ndim) <= 2:
-        kernel = sample.is_cuda and sample.dtype != torch.float64
-        return load_ops("auto" if kernel else "torch").flow_map_step(sample, model_output, sigma_t, sigma_r)
+        if ops is None or sample.dtype == torch.float64:
+            ops = load_ops("triton" if _runs_triton(sample) else "torch")
+        return ops.flow_map_step(sample, model_output, sigma_t, sigma_r)
     # Given dimensions, float64 sigmas promote the whole expression to float64.
     sigma_t, sigma_r = _with_ndim(sigma_t, sample.ndim), _with_ndim(sigma_r, sample.ndim)
     return (sample - (sigma_t - sigma_r) * model_output).to(model_output.dtype)
+
+
+def _runs_triton(x: Tensor) -> bool:
+    if not x.is_cuda or x.dtype == torch.float64 or available_backends()["triton"] is not None:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _with_ndim(sigma: Tensor, ndim: int) -> Tensor:

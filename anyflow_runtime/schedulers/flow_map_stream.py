@@ -97,7 +97,7 @@ class FlowMapEulerScheduler(Scheduler):
         """Carry `sample` from `timestep` to `r_timestep`, any two values in [0, N], by one network call.
 
         The arithmetic is float32 (float64 for float64 samples); the result has the dtype of `sample`. A predictor that
-        leaves its guidance to the step (`GuidedFlow`) gets both in one kernel.
+        leaves its guidance to the step (`GuidedFlow`) gets both in one kernel, in float64.
 
         Raises:
             ScheduleError: if a timestep is out of range.
