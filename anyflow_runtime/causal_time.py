@@ -72,6 +72,11 @@ def total_latent_frames(pixel_frames: int, ratio: int) -> int:
     return groups + 1
 
 
+def frames_of_chunk(index: int, partition: Sequence[int]) -> int:
+    """Latent frames of a chunk of a video that goes on after its `partition`: the largest chunk, again and again."""
+    return partition[index] if index < len(partition) else max(partition)
+
+
 def partition_of(chunks: int, partition: Sequence[int]) -> tuple[int, ...]:
     """Latent frames of each of `chunks` chunks, for a model with a default `partition`.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyflow_runtime import derive_config
 from anyflow_runtime.encoders import NullEncoderConfig
 from anyflow_runtime.schedulers import (
     FlowMapEulerSchedulerConfig,
@@ -177,6 +178,19 @@ def test_window_that_is_never_reached_changes_nothing():
         rollout(windowed, noise, text_embeddings=text),
         rollout(pipeline_of(random_model()), noise, text_embeddings=text),
     )
+
+
+def test_an_endless_video_goes_on_with_the_largest_chunk():
+    """A default that ends in a short chunk does not put it in the middle of a video."""
+    stream = pipeline_of(random_model()).diffusion_model.transformer
+
+    def sizes(**context: Any) -> list[int]:
+        cache = stream.initialize_autoregressive_cache(text_embeddings=text_of(1), endless=True, **context)
+        return [cache.frames_in_chunk(index) for index in range(6)]
+
+    assert sizes(chunk_partition=(1, 3, 2)) == [1, 3, 2, 3, 3, 3]
+    stream.config = derive_config(stream.config, chunk_partition=(1, 3, 2))
+    assert sizes() == [1, 3, 3, 3, 3, 3]
 
 
 def test_window_allocates_once():

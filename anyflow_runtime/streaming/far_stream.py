@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..causal_time import frames_of_chunk, partition_of
 from ..errors import LifecycleError
 from ..models.cache import FarCache
 from ..models.far import AnyFlowFARTransformer3DModel
@@ -72,7 +73,7 @@ class AnyFlowFARStreamCache(TransformerAutoregressiveCache):
     Attributes:
         far: keys and values.
         condition: the current prompt.
-        chunk_partition: frames per chunk; an endless rollout repeats the last entry.
+        chunk_partition: frames per chunk; an endless rollout repeats the largest.
         num_chunks: None if endless.
         given: the chunks that are given, first to last.
         finished: the chunks that are the context of the next one.
@@ -107,7 +108,7 @@ class AnyFlowFARStreamCache(TransformerAutoregressiveCache):
                 f"autoregressive_index: got {autoregressive_index}, expected 0 to "
                 f"{'any' if self.num_chunks is None else self.num_chunks - 1}: chunks {list(self.chunk_partition)}"
             )
-        return self.chunk_partition[min(autoregressive_index, len(self.chunk_partition) - 1)]
+        return frames_of_chunk(autoregressive_index, self.chunk_partition)
 
     def start(self, autoregressive_index: int) -> None:
         """Check the order, and encode the context if the prompt has changed since."""
@@ -166,7 +167,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
 
         Args:
             chunk_partition: latent frames per chunk; None is the config's, or else the model's.
-            endless: go on after the partition, with chunks of its last size.
+            endless: go on after the partition, with chunks of its largest size.
             height, width: latent size; None is that of `context_latents`, or else the config's.
             context_latents: (B, F, C, H, W) normalised latents of the first chunks, which are given and not generated:
                 one frame for image-to-video, more for video-to-video. They are returned by the first calls of
@@ -177,7 +178,10 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
             ValueError: on shapes that do not fit, or context that covers a chunk only partly.
         """
         condition = self.make_condition(**prompts)
-        partition = check_partition(self.default_partition if chunk_partition is None else chunk_partition)
+        default = self.default_partition
+        # The default may end in a short chunk, which belongs at the end of a video.
+        default = partition_of(len(default) + 1, default) if endless else default
+        partition = check_partition(default if chunk_partition is None else chunk_partition)
         size = self.latent_size(height, width, context_latents)
         given = self.given_latents(context_latents, condition, size)
         chunks = () if given is None else given.split(_covered_chunks(given.shape[1], partition, endless), dim=1)
@@ -286,7 +290,7 @@ def _covered_chunks(frames: int, partition: tuple[int, ...], endless: bool) -> l
     """Sizes of the leading chunks that hold exactly these frames."""
     sizes: list[int] = []
     while sum(sizes) < frames and (endless or len(sizes) < len(partition)):
-        sizes.append(partition[min(len(sizes), len(partition) - 1)])
+        sizes.append(frames_of_chunk(len(sizes), partition))
     if sum(sizes) != frames:
         ends = [sum(partition[: i + 1]) for i in range(len(partition))]
         raise ValueError(
