@@ -19,44 +19,20 @@ if TYPE_CHECKING:
 
 _NAMES_OF = {
     "acceleration": ("accelerate", "restore"),
-    "models": (
-        "AnyFlowFARTransformer3DModel",
-        "AnyFlowFARTransformerOutput",
-        "AnyFlowTransformer3DModel",
-        "FarCache",
-    ),
+    "models": ("AnyFlowFARTransformer3DModel", "AnyFlowFARTransformerOutput", "AnyFlowTransformer3DModel", "FarCache"),
     "schedulers": (
-        "FlowMapEulerDiscreteScheduler",
-        "FlowMapEulerScheduler",
-        "FlowMapEulerSchedulerConfig",
-        "FlowMatchScheduler",
-        "FlowMatchSchedulerConfig",
-        "FlowMatchUniPCScheduler",
-        "FlowMatchUniPCSchedulerConfig",
+        "FlowMapEulerDiscreteScheduler", "FlowMapEulerScheduler", "FlowMapEulerSchedulerConfig", "FlowMatchScheduler",
+        "FlowMatchSchedulerConfig", "FlowMatchUniPCScheduler", "FlowMatchUniPCSchedulerConfig",
     ),
     "encoders": ("Encoder", "NullEncoder", "NullEncoderConfig", "StreamingEncoder", "StreamingVideoEncoder"),
     "decoders": ("StreamingDecoder", "StreamingVideoDecoder"),
     "streaming": (
-        "AnyFlowBidirectionalStream",
-        "AnyFlowBidirectionalStreamConfig",
-        "AnyFlowFARStream",
-        "AnyFlowFARStreamConfig",
-        "DiffusionModel",
-        "DiffusionModelConfig",
-        "FinalState",
-        "InstantiateConfig",
-        "PrintableConfig",
-        "StreamInferencePipeline",
-        "StreamInferencePipelineCache",
-        "StreamInferencePipelineConfig",
-        "Transformer",
-        "TransformerAutoregressiveCache",
-        "TransformerConfig",
-        "derive_config",
-        "open_model",
-        "stream",
+        "AnyFlowBidirectionalStream", "AnyFlowBidirectionalStreamConfig", "AnyFlowFARStream",
+        "AnyFlowFARStreamConfig", "DiffusionModel", "DiffusionModelConfig", "FinalState", "InstantiateConfig",
+        "PrintableConfig", "StreamInferencePipeline", "StreamInferencePipelineCache", "StreamInferencePipelineConfig",
+        "Transformer", "TransformerAutoregressiveCache", "TransformerConfig", "derive_config", "open_model", "stream",
     ),
-}
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 
 __all__ = sorted(_MODULE_OF)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON objects read with errors that name the file."""
 
 from __future__ import annotations
 
@@ -32,3 +32,23 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any], **optio
     """`content` as JSON in a file that is whole; `options` are those of `json.dumps`, by default `indent=2`."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, **{"indent": 2, **options}) + "\n")
+
+
+def read_json(name: str, path: Path, expected: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        name: of the argument that led to it, for messages.
+        expected: what the file is.
+    Raises:
+        FileNotFoundError, ValueError: if it is not there, or holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no {path.name} in {path.parent}, expected {expected}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: {path}: got a JSON {type(content).__name__}, expected an object")
+    return content

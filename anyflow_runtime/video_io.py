@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import os
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .optional import optional
+
+_media = partial(optional, purpose="reading and writing media", extra="video")
 PIXEL_RANGES = ("unit", "signed")
 SHEET_TILES = 64  # a contact sheet shows at most this many frames, evenly spaced
 
 
 class VideoReadError(OSError, ValueError):
     """A file that is no readable picture or video, or is damaged."""
-
-
-def _optional(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"reading and writing media needs {package}, which is not installed: pip install 'anyflow-kernels[video]'"
-        ) from error
 
 
 def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Tensor:
@@ -49,7 +43,7 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
         FileNotFoundError: if there is no such file.
         VideoReadError: (an OSError and ValueError) if it is no readable picture.
     """
-    image_module, ops = _optional("PIL.Image", "Pillow"), _optional("PIL.ImageOps", "Pillow")
+    image_module, ops = _media("PIL.Image"), _media("PIL.ImageOps")
     _check_size(size)
     path = _existing(path)
     try:
@@ -107,7 +101,7 @@ def _check_size(size: Any) -> None:
 
 def _decoded(path: Path) -> Iterator[np.ndarray]:
     """(H, W, 3) uint8 frames; raises VideoReadError where the file ends early or is damaged."""
-    av = _optional("av", "PyAV")
+    av = _media("av")
     count = 0
     try:
         with av.open(str(path)) as container:
@@ -190,7 +184,7 @@ class VideoWriter:
             raise ValueError(f"zoom: got {zoom}, expected at least 1")
         if not self.path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(self.path.parent))
-        _optional("av", "PyAV") if suffix == ".mp4" else _optional("PIL.Image", "Pillow")
+        _media("av") if suffix == ".mp4" else _media("PIL.Image")
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}")
         self.fps = fps
         self.frames_written = 0
@@ -303,7 +297,7 @@ class _Mp4Sink:
     """H.264 in a fragmented mp4: each fragment, a second of video, is whole on disk; `close` makes a plain mp4."""
 
     def __init__(self, path: Path, size: tuple[int, int], fps: int, crf: int) -> None:
-        self._av = _optional("av", "PyAV")
+        self._av = _media("av")
         self._path = path
         self._fps = fps
         self._count = 0
@@ -355,7 +349,7 @@ class _GifSink:
     """Animated GIF: frames wait as palette images, one byte a pixel, since the format is written in one go."""
 
     def __init__(self, path: Path, fps: int) -> None:
-        self._image = _optional("PIL.Image", "Pillow")
+        self._image = _media("PIL.Image")
         self._path = path
         # The format counts in hundredths of a second, and players slow down below two of them.
         self._milliseconds = max(20, 10 * round(100 / fps))
@@ -375,7 +369,7 @@ class _SheetSink:
     """Contact sheet of evenly spaced frames; of a long video every 2nd, 4th, 8th... is kept, so memory is bounded."""
 
     def __init__(self, path: Path) -> None:
-        self._image = _optional("PIL.Image", "Pillow")
+        self._image = _media("PIL.Image")
         self._path = path
         self._tiles: list[np.ndarray] = []
         self._every = 1

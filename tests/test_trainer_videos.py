@@ -228,7 +228,7 @@ def test_a_directory_without_videos_is_named(tmp_path) -> None:
         ({"frames": 17}, r"b\.mp4: has 12 frames, expected at least 17 for data.frames = 17"),
         ({"fps": 4.0}, r"b\.mp4: has 12 frames, expected at least 33"),
         ({"fps": 24.0}, r"a\.mp4: has 16 frames per second, expected at least data.fps = 24"),
-        ({"frames": 8}, r"data.frames: got 8, expected 1 \+ 4k"),
+        ({"frames": 8}, r"data.frames: got 8, expected 4n \+ 1"),
         ({"height": 60}, r"data.height, data.width: got 60 x 64, expected multiples of 8"),
         ({"model": "nowhere"}, r"data.model: nowhere lacks \['vae/config.json', 'text_encoder/config.json'"),
     ],

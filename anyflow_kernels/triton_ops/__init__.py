@@ -18,14 +18,6 @@ from .qk_norm_rope_append import qk_norm_rope_append
 from .rms_norm import rms_norm
 
 __all__ = [
-    "dual_timestep_embedding",
-    "far_attention",
-    "flow_map_step",
-    "gated_residual_layer_norm",
-    "linear",
-    "linear_gelu",
-    "patch_embed",
-    "qk_norm_rope_append",
-    "rms_norm",
-    "unpatchify",
-]
+    "dual_timestep_embedding", "far_attention", "flow_map_step", "gated_residual_layer_norm", "linear", "linear_gelu",
+    "patch_embed", "qk_norm_rope_append", "rms_norm", "unpatchify",
+]  # fmt: skip

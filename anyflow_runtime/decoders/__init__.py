@@ -7,12 +7,6 @@ from .base import DecoderConfig, StreamingDecoder, StreamingDecoderCache, Stream
 from .pixels import PixelDecoder, PixelDecoderConfig
 
 __all__ = [
-    "DecoderConfig",
-    "PixelDecoder",
-    "PixelDecoderConfig",
-    "StreamOrderError",
-    "StreamingDecoder",
-    "StreamingDecoderCache",
-    "StreamingVideoDecoder",
-    "TemporalSizeError",
-]
+    "DecoderConfig", "PixelDecoder", "PixelDecoderConfig", "StreamOrderError", "StreamingDecoder",
+    "StreamingDecoderCache", "StreamingVideoDecoder", "TemporalSizeError",
+]  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..optional import optional
 from .base import Encoder, EncoderConfig
 
 
@@ -134,13 +135,8 @@ def _unicode_fixer() -> Callable[[str], str]:
 
 
 def _load(config: UMT5TextEncoderConfig) -> tuple[Any, Any]:
-    try:
-        from transformers import AutoTokenizer, UMT5EncoderModel
-    except ImportError as error:
-        raise ImportError(
-            "the UMT5 text encoder needs transformers, which is not installed: pip install 'anyflow-kernels[diffusers]'"
-        ) from error
-    model = UMT5EncoderModel.from_pretrained(
+    transformers = optional("transformers", "the UMT5 text encoder", "diffusers")
+    model = transformers.UMT5EncoderModel.from_pretrained(
         config.path, subfolder=config.subfolder, torch_dtype=config.dtype or "auto"
     )
-    return model.eval(), AutoTokenizer.from_pretrained(config.path, subfolder=config.tokenizer_subfolder)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(config.path, subfolder=config.tokenizer_subfolder)

@@ -12,11 +12,6 @@ MODELS: dict[str, type[AnyFlowModel]] = {
 }
 
 __all__ = [
-    "MODELS",
-    "AnyFlowFARTransformer3DModel",
-    "AnyFlowFARTransformerOutput",
-    "AnyFlowModel",
-    "AnyFlowTransformer3DModel",
-    "FarCache",
-    "TransformerOutput",
-]
+    "MODELS", "AnyFlowFARTransformer3DModel", "AnyFlowFARTransformerOutput", "AnyFlowModel",
+    "AnyFlowTransformer3DModel", "FarCache", "TransformerOutput",
+]  # fmt: skip

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import FrozenDict
+from ..files import read_json
 
 ModelConfig = FrozenDict  # the constructor keywords of a model
 
@@ -47,13 +47,4 @@ def read_config(directory: Path) -> dict[str, Any]:
         FileNotFoundError: if there is none.
         ValueError: if it is not a JSON object.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {directory}: expected a model directory in diffusers' format")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: got a JSON {type(config).__name__}, expected an object")
-    return config
+    return read_json("path", directory / "config.json", "a model directory in diffusers' format")

@@ -3,12 +3,12 @@ model."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .pixel_model import CLASS_NAME, DEMO_MODEL, PixelModelIndex, read_index
 
 PIPELINES = {"AnyFlowFARPipeline": True, "AnyFlowPipeline": False, CLASS_NAME: True}  # and whether each is causal
@@ -77,7 +77,7 @@ class ModelDirectory:
         """`shift` and `num_train_timesteps` of its sampler, as far as they are said."""
         if self.pixels is not None:
             return {"shift": self.pixels.shift}
-        config = _read_json(self.path / "scheduler" / "scheduler_config.json", "the config of the scheduler")
+        config = read_json("model", self.path / "scheduler" / "scheduler_config.json", "the config of the scheduler")
         return {name: config[name] for name in ("shift", "num_train_timesteps") if name in config}
 
 
@@ -96,7 +96,7 @@ def read_model_directory(path: str | os.PathLike[str], *, text: bool = True, dec
         raise FileNotFoundError(
             f"model: no directory {directory}; a model on the hub has to be downloaded first (hf download)"
         )
-    index = _read_json(directory / "model_index.json", "a pipeline directory in diffusers' format")
+    index = read_json("model", directory / "model_index.json", "a pipeline directory in diffusers' format")
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise ValueError(f"model: got {directory}, which holds {pipeline}, expected one of {', '.join(PIPELINES)}")
@@ -106,17 +106,5 @@ def read_model_directory(path: str | os.PathLike[str], *, text: bool = True, dec
     missing = [name for name in needed if not (directory / name).is_dir()]
     if missing:
         raise FileNotFoundError(f"model: {directory} has no {', '.join(missing)}")
-    config = _read_json(directory / "transformer" / "config.json", "the config of the transformer")
+    config = read_json("model", directory / "transformer" / "config.json", "the config of the transformer")
     return ModelDirectory(directory, pipeline, config, read_index(directory) if pipeline == CLASS_NAME else None)
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"model: no {path.name} in {path.parent}, expected {what}")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"model: {path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"model: {path} holds a JSON {type(content).__name__}, expected an object")
-    return content

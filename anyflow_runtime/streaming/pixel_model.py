@@ -6,17 +6,16 @@ Their directory holds `model_index.json`, `transformer/` in diffusers' format an
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..decoders.pixels import PixelDecoderConfig
 from ..encoders.pixels import PixelEncoderConfig
 from ..encoders.words import WordEncoderConfig
+from ..files import read_json, write_json
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
@@ -47,8 +46,7 @@ class PixelModelIndex:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `model_index.json`."""
-        content = {"_class_name": CLASS_NAME, **asdict(self)}
-        (Path(directory) / INDEX_FILE).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(Path(directory) / INDEX_FILE, {"_class_name": CLASS_NAME, **asdict(self)}, indent=1)
 
 
 def read_index(directory: str | os.PathLike[str]) -> PixelModelIndex:
@@ -59,9 +57,7 @@ def read_index(directory: str | os.PathLike[str]) -> PixelModelIndex:
         ValueError: if it is that of another kind of model, or lacks something.
     """
     path = Path(directory) / INDEX_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no {INDEX_FILE} in {directory}, expected the directory of a pixel model")
-    content: dict[str, Any] = json.loads(path.read_text())
+    content = read_json("path", path, "the directory of a pixel model")
     name = content.pop("_class_name", None)
     if name != CLASS_NAME:
         raise ValueError(f"path: {path} names {name}, expected {CLASS_NAME}")

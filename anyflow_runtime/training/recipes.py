@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from .config import TrainConfig, config_from_dict, merged
 
 _SIZES: dict[str, dict[str, Any]] = {
@@ -93,12 +94,7 @@ def load_recipe(name_or_path: str, changes: Mapping[str, Any] | None = None) -> 
         path = Path(name_or_path)
         if not path.is_file():
             raise ValueError(f"config: got {name_or_path!r}, expected a JSON file or one of {sorted(RECIPES)}")
-        try:
-            data = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"config: {path} is not valid JSON ({error})") from error
-        if not isinstance(data, dict):
-            raise ValueError(f"config: {path} holds a JSON {type(data).__name__}, expected an object")
+        data = read_json("config", path, "a config")
     recipe = data.pop("recipe", None)
     if recipe is not None:
         if recipe not in RECIPES:

@@ -6,10 +6,6 @@ from .decoder import WanVAEStreamDecoder, WanVAEStreamDecoderCache, WanVAEStream
 from .encoder import WanVAEEncoder, WanVAEEncoderCache, WanVAEEncoderConfig
 
 __all__ = [
-    "WanVAEEncoder",
-    "WanVAEEncoderCache",
-    "WanVAEEncoderConfig",
-    "WanVAEStreamDecoder",
-    "WanVAEStreamDecoderCache",
+    "WanVAEEncoder", "WanVAEEncoderCache", "WanVAEEncoderConfig", "WanVAEStreamDecoder", "WanVAEStreamDecoderCache",
     "WanVAEStreamDecoderConfig",
-]
+]  # fmt: skip

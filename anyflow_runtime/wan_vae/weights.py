@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optional import optional
+
 
 def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtype | None) -> Any:
     """`vae` itself, or diffusers' `AutoencoderKLWan` loaded from `path`.
@@ -20,12 +22,7 @@ def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtyp
     if (vae is None) == (path is None):
         given = "neither" if vae is None else "both"
         raise ValueError(f"vae, path: got {given}, expected exactly one of config.path and setup(vae=...)")
-    try:
-        from diffusers import AutoencoderKLWan
-    except ImportError as error:
-        raise ImportError(
-            "the Wan VAE needs diffusers, which is not installed: pip install 'anyflow-kernels[diffusers]'"
-        ) from error
+    AutoencoderKLWan = optional("diffusers", "the Wan VAE", "diffusers").AutoencoderKLWan
     if vae is None:
         return AutoencoderKLWan.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype).eval()
     if not isinstance(vae, AutoencoderKLWan):

@@ -11,7 +11,6 @@ and the model. That directory is itself a data set of the kind "safetensors".
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import sys
 import time
@@ -24,7 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...causal_time import total_latent_frames
 from ...files import whole_file
+from ...optional import optional
 from ...video_io import VideoReadError, read_video
 from .. import distributed
 from ..config import DataSettings
@@ -133,7 +134,7 @@ def frame_indices(path: Path, frames: int, fps: float | None) -> list[int]:
         VideoReadError: (an OSError and ValueError) if the file is no video.
         ValueError: if it has too few frames, or fewer per second than asked for.
     """
-    av: Any = _av()
+    av: Any = optional("av", "reading videos", "video")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -174,8 +175,10 @@ class _Encoders:
         path, length = settings.model, settings.text_length
         self._vae: Any = WanVAEEncoderConfig(path=path, dtype=torch.float32, pixel_range="unit").setup().to(device)
         ratio, block = self._vae.temporal_compression_ratio, self._vae.spatial_compression_ratio
-        if (settings.frames - 1) % ratio:
-            raise ValueError(f"data.frames: got {settings.frames}, expected 1 + {ratio}k: whole latent frames")
+        try:
+            total_latent_frames(settings.frames, ratio)
+        except ValueError as error:
+            raise ValueError(f"data.{error}: whole latent frames") from error
         if settings.height % block or settings.width % block:
             got = f"got {settings.height} x {settings.width}"
             raise ValueError(f"data.height, data.width: {got}, expected multiples of {block}")
@@ -259,10 +262,3 @@ def _digest(parts: Iterable[bytes]) -> str:
     for part in parts:
         whole.update(len(part).to_bytes(8, "big") + part)
     return whole.hexdigest()[:16]
-
-
-def _av() -> Any:
-    try:
-        return importlib.import_module("av")
-    except ImportError as error:
-        raise ImportError("reading videos needs PyAV: pip install 'anyflow-kernels[video]'") from error

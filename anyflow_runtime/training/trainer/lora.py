@@ -7,10 +7,10 @@ Needs peft (`pip install anyflow-kernels[lora]`), imported on use.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
+
+from ...optional import optional
 
 BLOCK_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.0.proj", "ffn.net.2")
 STUDENT_TARGETS = ("delta_embedder", "time_embedder")
@@ -38,7 +38,7 @@ def add_lora(model: nn.Module, rank: int = 256, alpha: float = 256.0, student: b
     if alpha <= 0:
         raise ValueError(f"alpha: got {alpha}, expected > 0")
     targets = lora_targets(model, student)
-    peft = _peft()
+    peft = optional("peft", "LoRA", "lora")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=targets)
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold the adapters into the weights, W + alpha / rank * B A, and take them out, in place. There is no way back."""
-    layer_class = _peft().tuners.lora.LoraLayer
+    layer_class = optional("peft", "LoRA", "lora").tuners.lora.LoraLayer
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, layer_class)]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no adapter to merge")
@@ -69,11 +69,3 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 def _is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'anyflow-kernels[lora]'") from error
-    return peft

@@ -98,12 +98,15 @@ class Networks:
         """
         state = {name: whole_tensor(p.detach()).cpu() for name, p in self.student.state_dict().items()}
         if distributed.rank() == 0:
-            partial = path.with_name(f".{path.name}.partial")
-            for old in (partial, path):
-                shutil.rmtree(old, ignore_errors=True)
+            partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
             self._write(state, partial)
+            if path.exists():
+                path.rename(old)
             partial.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
         barrier()
 
     def _write(self, state: dict[str, Any], directory: Path) -> None:

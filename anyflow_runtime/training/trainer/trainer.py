@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ...files import write_json
 from ...parallel import process_group
 from .. import distributed
 from ..config import TrainConfig, config_from_dict, config_to_dict
@@ -139,7 +140,7 @@ class _Run:
                 raise ValueError(f"{self.out}: holds a run with another {differing}; expected the same config to go on")
         if self.leads:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(own, indent=2) + "\n")
+            write_json(self.out / "config.json", own)
 
     def _check_data(self, student: Any) -> None:
         """Raise ValueError, naming what differs, unless the student takes the samples of the source."""
