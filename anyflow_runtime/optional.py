@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 
@@ -17,8 +17,8 @@ def optional(module: str, purpose: str, extra: str) -> Any:
     """
     try:
         __import__(module)
+        return importlib.import_module(module)
     except ImportError as error:
         package = {"PIL.Image": "Pillow", "av": "PyAV"}.get(module, module)
         cure = f"pip install 'anyflow-kernels[{extra}]'"
         raise ImportError(f"{purpose} needs {package}, which is not installed: {cure} ({error})") from error
-    return sys.modules[module]

@@ -184,7 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, files, capfd, monkeypatch):
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_model", load)
+    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_pipeline", load)
     arguments, expected = (text.replace("{}", str(files)) for text in BAD[name])
     required = ["--model", f"{files}/far", "--out", f"{files}/o.mp4"]  # of an option given twice the last one counts
     assert main(["generate", *required, *arguments.split()]) == 2
@@ -230,7 +230,7 @@ def test_interrupt_is_exit_code_130(files, tmp_path, capfd, monkeypatch):
     def load(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_model", load)
+    monkeypatch.setattr("anyflow_runtime.commands.generate_video.open_pipeline", load)
     assert main(["generate", "x", "--model", str(files / "far"), "--out", str(tmp_path / "o.mp4"), *FAR_VIDEO]) == 130
     assert capfd.readouterr().err == "anyflow generate: interrupted\n"
 

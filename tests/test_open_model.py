@@ -1,51 +1,34 @@
-"""`open_model`: every source gives the same pipeline; offloading moves what has no turn; progress is told per step."""
+"""`open_model`: every source gives the same pipeline, what contradicts it is refused, progress is told per step."""
 
 from __future__ import annotations
 
-import copy
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, accelerate, open_model, stream
-from anyflow_runtime.models.base import AnyFlowModel
-from anyflow_runtime.streaming import Decoded, Denoised, Step, video_noise
-from anyflow_runtime.streaming.offload import OnTurn, Turns
-from bench.tiny_pipeline import tiny_pipeline
+from anyflow_runtime.streaming import (
+    AnyFlowFARStream,
+    AnyFlowFARStreamConfig,
+    Decoded,
+    Denoised,
+    Step,
+)
 
-diffusers = pytest.importorskip("diffusers")
-PARTITION, SIZE = (1, 2, 1), {"height": 32, "width": 48}
+from .opened import PARTITION, SIZE, loaded, save_models, video
+
+pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    for name, causal in (("far", True), ("bidirectional", False)):
-        tiny_pipeline(causal, heads=2, head_dim=16, layers=1, text_dim=16, vae_dim=4).save_pretrained(root / name)
-    return root
-
-
-def partition(name: str) -> tuple[int, ...]:
-    return PARTITION if name == "far" else (sum(PARTITION),)
-
-
-def video(pipeline: Any, name: str = "far", prompt: Any = "a cat", **settings: Any) -> Tensor:
-    """(1, T, 3, H, W) of one video, or (1, F, C, h, w) without a decoder."""
-    size = SIZE if pipeline.decoder is not None else {side: pixels // 8 for side, pixels in SIZE.items()}
-    noise = video_noise(pipeline, sum(PARTITION), **size, seed=7)
-    chunks = partition(name)
-    return torch.cat([*stream(pipeline, prompt, noise=noise, chunk_partition=chunks, **size, **settings)], dim=1)
-
-
-def loaded(models: Path, name: str) -> Any:
-    pipe = getattr(diffusers, "AnyFlowFARPipeline" if name == "far" else "AnyFlowPipeline").from_pretrained(
-        models / name
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("name", ["far", "bidirectional"])
@@ -114,56 +97,6 @@ def test_sources_that_cannot_be_are_named(models, tmp_path):
         open_model(loaded(models, "far"), offload=True)
 
 
-@pytest.mark.parametrize("begins", ["text", "image", "embeddings"])
-def test_offloading_gives_each_part_its_turn_and_the_same_video(begins, models, monkeypatch):
-    """cpu:0 stands in for the GPU: what is moved there, and back to the CPU, in order."""
-    settings: dict[str, Any] = {}
-    if begins == "image":
-        torch.manual_seed(0)
-        settings["context_video"] = torch.rand(1, 1, 3, 32, 48)
-    text = begins != "embeddings"
-    prompt = "a cat" if text else torch.zeros(1, 4, 16)
-    expected = video(open_model(models / "far", device="cpu", steps=1, text=text), prompt=prompt, **settings)
-    pipeline: Any = open_model(models / "far", device="cpu:0", steps=1, text=text, offload=True)
-    transformer = pipeline.diffusion_model.transformer
-    assert isinstance(transformer.context_encoder, OnTurn) == text
-    moves: list[str] = []
-    to = torch.nn.Module.to
-
-    def watched(module: torch.nn.Module, *arguments: Any, **keywords: Any) -> torch.nn.Module:
-        if isinstance(module, AnyFlowModel) or type(module).__name__ in ("UMT5TextEncoder", "WanVAEEncoder"):
-            moves.append(f"{type(module).__name__} {arguments[0]}")
-        return to(module, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.nn.Module, "to", watched)
-    torch.testing.assert_close(video(pipeline, prompt=prompt, **settings), expected, rtol=0, atol=0)
-    model = "AnyFlowFARTransformer3DModel"
-    turn = {
-        "text": ["UMT5TextEncoder cpu:0", "UMT5TextEncoder cpu"],
-        "image": ["WanVAEEncoder cpu:0", "WanVAEEncoder cpu", "UMT5TextEncoder cpu:0", "UMT5TextEncoder cpu"],
-        "embeddings": [],
-    }[begins]
-    assert moves == [*turn, f"{model} cpu:0"]
-    moves.clear()
-    video(pipeline, prompt=prompt, guidance_scale=2.0, negative_prompt=prompt)  # both prompts in one turn
-    if text:
-        both = ["UMT5TextEncoder cpu:0", "UMT5TextEncoder cpu"]
-        assert moves == [f"{model} cpu", *both, *both, f"{model} cpu:0"]
-    else:
-        assert moves == []
-
-
-def test_what_has_no_turn_lies_on_the_cpu():
-    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    turns = Turns(torch.device("meta"), [a])
-    turns.settle()
-    assert a.weight.is_meta
-    a.to_empty(device="cpu")
-    turns = Turns(torch.device("cpu"), [a])
-    with turns.lend(copy.deepcopy(b)) as device:
-        assert device == torch.device("cpu")
-
-
 def test_every_step_and_chunk_is_told(models):
     """Progress per denoising step; a chunk's latents come before its frames, which those are decoded from."""
     told: list[Any] = []
@@ -184,3 +117,61 @@ def test_a_model_of_ours_keeps_its_settings(models):
     assert (model.phantom_padding, model.ops.backend, model.cuda_graphs) == (True, "reference", False)
     open_model(pipe, backend="torch", match_diffusers_padding=False)
     assert (model.phantom_padding, model.ops.backend, model.cuda_graphs) == (False, "torch", False)
+
+
+def test_what_contradicts_a_loaded_source_is_refused_before_it_is_touched(models):
+    pipe = loaded(models, "bidirectional")
+    kind = type(pipe.transformer)
+    for settings, message in (
+        ({"dtype": torch.bfloat16}, "dtype: got torch.bfloat16"),
+        ({"match_diffusers_padding": True}, "match_diffusers_padding: got True with a bidirectional model"),
+        ({"device": "cuda"}, "device: got cuda, expected cpu"),
+    ):
+        if "device" in settings and torch.cuda.is_available():
+            continue
+        with pytest.raises(ValueError, match=re.escape(message)):
+            open_model(pipe, **settings)
+    assert type(pipe.transformer) is kind
+
+
+def test_a_schedule_that_is_not_said_is_that_of_diffusers(models, tmp_path):
+    """Its class has shift 1; the released models say 5."""
+    directory = tmp_path / "far"
+    shutil.copytree(models / "far", directory)
+    file = directory / "scheduler" / "scheduler_config.json"
+    file.write_text('{"_class_name": "FlowMapEulerDiscreteScheduler"}')
+    assert open_model(directory, device="cpu", text=False).config.diffusion_model.scheduler.shift == 1.0
+    file.write_text('{"shift": null}')
+    with pytest.raises(ValueError, match=r"scheduler_config\.json: shift: got None, expected a number above 0"):
+        open_model(directory, device="cpu", text=False)
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+def test_pickled_weights_are_refused(component, models, tmp_path):
+    directory = tmp_path / "far"
+    shutil.copytree(models / "far", directory)
+    [file] = (directory / component).glob("*.safetensors")
+    name = {"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[component]
+    torch.save(load_file(file), directory / component / name)
+    file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="does not load"):
+        open_model(directory, device="cpu")
+
+
+def test_a_predict_flow_of_ones_own_is_used(models):
+    """The fused step must not go round a subclass that predicts in another way."""
+
+    class Mine(AnyFlowFARStream):
+        calls = 0
+
+        def predict_flow(self, *arguments: Any, **keywords: Any) -> Tensor:
+            self.calls += 1
+            return super().predict_flow(*arguments, **keywords)
+
+    pipeline: Any = open_model(models / "far", device="cpu", steps=2)
+    expected = video(pipeline)
+    theirs = pipeline.diffusion_model.transformer
+    config = AnyFlowFARStreamConfig()
+    pipeline.diffusion_model.transformer = mine = Mine(config, theirs.model, theirs.context_encoder)
+    torch.testing.assert_close(video(pipeline), expected, rtol=1e-5, atol=1e-5)
+    assert mine.calls == 2 * len(PARTITION)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -227,8 +229,8 @@ def test_seconds_are_those_of_decoding():
             assert 0.05 <= pending.seconds() <= time.perf_counter() - begin and pending.ready()
 
 
-def test_frames_under_way_come_before_an_interruption():
-    """Ctrl-C while denoising still writes what was being decoded."""
+def test_frames_under_way_come_before_an_interruption_if_asked():
+    """As `anyflow generate` asks: Ctrl-C while denoising still writes what was being decoded."""
 
     def chunks() -> Any:
         yield torch.zeros(1)
@@ -238,11 +240,55 @@ def test_frames_under_way_come_before_an_interruption():
     def decode(input: Tensor, **_: Any) -> Tensor:
         return input
 
-    frames = []
-    with AsyncDecoder(decode) as background, pytest.raises(KeyboardInterrupt):
-        for pending in decode_behind(chunks(), background.submit):
-            frames.append(float(pending.on_host()))
-    assert frames == [0.0, 1.0]
+    for after, count in ((Exception, 1), (BaseException, 2)):
+        frames = []
+        with AsyncDecoder(decode) as background, pytest.raises(KeyboardInterrupt):
+            for pending in decode_behind(chunks(), background.submit, after=after):
+                frames.append(float(pending.on_host()))
+        assert frames == [0.0, 1.0][:count]
+
+
+def test_ctrl_c_reaches_a_caller_that_stops_there(pipeline, monkeypatch):
+    """The next `next` raises it: it is not kept for one that may never come."""
+    denoise = pipeline.denoise
+
+    def interrupted(index: int, *arguments: Any, **keywords: Any) -> Tensor:
+        if index == 2:
+            raise KeyboardInterrupt
+        return denoise(index, *arguments, **keywords)
+
+    monkeypatch.setattr(pipeline, "denoise", interrupted)
+    frames = stream(pipeline, "a fox", noise=noise_of(), overlap=True)
+    next(frames)
+    with pytest.raises(KeyboardInterrupt):
+        next(frames)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_error_keeps_no_rollout_alive(overlap, pipeline, monkeypatch):
+    """Its traceback and the frame that holds it would be a cycle, and slabs would wait for the garbage collector."""
+    caches: list[Any] = []
+    initialize, denoise = pipeline.initialize_cache, pipeline.denoise
+
+    def kept(*arguments: Any, **keywords: Any) -> Any:
+        cache = initialize(*arguments, **keywords)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    def failing(index: int, *arguments: Any, **keywords: Any) -> Tensor:
+        if index == 2:
+            raise RuntimeError("no more")
+        return denoise(index, *arguments, **keywords)
+
+    monkeypatch.setattr(pipeline, "initialize_cache", kept)
+    monkeypatch.setattr(pipeline, "denoise", failing)
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="no more"):
+            video(pipeline, overlap=overlap)
+        assert caches[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import UsageError
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..streaming.model_directory import ModelDirectory
+    from ..streaming.pipeline import StreamInferencePipeline
 
 DTYPES = {
     "fp32": "float32",
@@ -20,6 +22,7 @@ DTYPES = {
     "bfloat16": "bfloat16",
     "float16": "float16",
 }
+T = TypeVar("T")
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
@@ -104,7 +107,19 @@ def model_directory(path: str, text: bool = True) -> ModelDirectory:
     """
     from ..streaming.model_directory import read_model_directory
 
+    return _as_option(read_model_directory, path, text=text)
+
+
+def open_pipeline(model: ModelDirectory, **settings: Any) -> StreamInferencePipeline:
+    """`open_model`, whose errors name `--model`."""
+    from ..streaming import open_model
+
+    return _as_option(open_model, model, **settings)
+
+
+def _as_option(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
     try:
-        return read_model_directory(path, text=text)
+        return function(*arguments, **keywords)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--{error}" if str(error).startswith("model: ") else f"--model: {error}") from error
+        named = str(error).startswith("model: ")
+        raise UsageError(f"--{error}" if named else f"--model: {error}") from error

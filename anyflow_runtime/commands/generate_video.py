@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ..errors import check_finite
 from ..files import whole_file
 from ..parallel import context_parallel
-from ..streaming import Decoded, Denoised, Step, open_model, stream, video_noise
+from ..streaming import Decoded, Denoised, Step, stream, video_noise
 from ..video_io import VideoWriter
+from .arguments import open_pipeline
 from .clock import Clock
 from .generate_processes import Processes
 from .generate_request import GenerateRequest
@@ -40,10 +41,10 @@ class GeneratedVideo:
         """Load the model, then denoise, decode and write the chunks in order; other processes than the first only
         denoise, in step with it."""
         request = self._request
-        if not sys.stderr.isatty():
-            _hide_loading_bars()
         with self._clock("load"):
-            pipeline: Any = open_model(
+            if request.model.pixels is None and not sys.stderr.isatty():
+                _hide_loading_bars()
+            pipeline: Any = open_pipeline(
                 request.model,
                 device=request.device,
                 dtype=request.dtype,
@@ -81,6 +82,7 @@ class GeneratedVideo:
                 on_event=self._tell if self._together.first else None,
                 overlap=request.overlap and self._together.first,
                 on_host=True,
+                frames_before_interrupt=True,
             )
         if not self._together.first:
             for _ in made:

@@ -20,6 +20,7 @@ from .arguments import (
     frame_size,
     guidance_scale,
     model_directory,
+    open_pipeline,
     resolve_device,
     whole_number,
 )
@@ -119,9 +120,8 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
     from ..serving.engine import StreamEngine
     from ..serving.guard import LOOPBACK
     from ..serving.videos import VideoStore
-    from ..streaming import open_model
 
-    pipeline = open_model(
+    pipeline = open_pipeline(
         model, device=device, dtype=dtype, backend=args.backend, steps=args.steps, compile=args.compile
     )
     videos = VideoStore()

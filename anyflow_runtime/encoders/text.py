@@ -137,6 +137,6 @@ def _unicode_fixer() -> Callable[[str], str]:
 def _load(config: UMT5TextEncoderConfig) -> tuple[Any, Any]:
     transformers = optional("transformers", "the UMT5 text encoder", "diffusers")
     model = transformers.UMT5EncoderModel.from_pretrained(
-        config.path, subfolder=config.subfolder, torch_dtype=config.dtype or "auto"
+        config.path, subfolder=config.subfolder, torch_dtype=config.dtype or "auto", use_safetensors=True
     )
     return model.eval(), transformers.AutoTokenizer.from_pretrained(config.path, subfolder=config.tokenizer_subfolder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from ..encoders.base import EncoderConfig
 from ..errors import LifecycleError
 from ..models.base import AnyFlowModel
 from ..schedulers.base import GuidedFlow
+from .offload import OnTurn
 from .transformer import Transformer, TransformerCacheT, TransformerConfig
 
 
@@ -125,7 +126,17 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device if self.turns is None else self.turns.device
+        if self.turns is not None:
+            return self.turns.device
+        hook = getattr(self.model, "_hf_hook", None)
+        return getattr(hook, "execution_device", None) or self.model.device
+
+    def settle(self) -> None:
+        """Have the model on the device, where offloading may have taken it away."""
+        super().settle()
+        hook = getattr(self.model, "_hf_hook", None)
+        if hook is not None:  # caches are made where the weights are, and prefilling is not a call that a hook notices
+            hook.pre_forward(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,7 +196,16 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         Raises:
             ValueError: if both or neither of a pair is given, or on shapes that do not fit.
         """
-        text = self._embeddings("prompt", prompt, "text_embeddings", text_embeddings)
+        guided = guidance_scale > 1.0
+        if guided and negative_prompt is None and negative_text_embeddings is None:
+            negative_prompt = "" if isinstance(prompt, (str, list, tuple)) else None
+        with self.context_encoder.turn() if isinstance(self.context_encoder, OnTurn) else nullcontext():
+            text = self._embeddings("prompt", prompt, "text_embeddings", text_embeddings)
+            negative = None
+            if guided:
+                names = "negative_prompt", "negative_text_embeddings"
+                negative = self._embeddings(names[0], negative_prompt, names[1], negative_text_embeddings)
+        self.settle()
         batch = text.shape[0]
         if image_embeddings is not None:
             expected = (batch, self.model.config.image_dim)
@@ -194,15 +214,8 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
                     f"image_embeddings: got {tuple(image_embeddings.shape)}, expected (B={batch}, S, {expected[1]})"
                 )
             image_embeddings = image_embeddings.to(self.device, self.dtype)
-        if not guidance_scale > 1.0:
-            self._settle()
+        if negative is None:
             return Condition(text, image_embeddings, batch, None)
-        if negative_prompt is None and negative_text_embeddings is None and isinstance(prompt, (str, list, tuple)):
-            negative_prompt = ""
-        negative = self._embeddings(
-            "negative_prompt", negative_prompt, "negative_text_embeddings", negative_text_embeddings
-        )
-        self._settle()
         if negative.shape[0] == 1:
             negative = negative.expand(batch, -1, -1)
         if negative.shape != text.shape:
@@ -212,10 +225,6 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
             )
         image = None if image_embeddings is None else torch.cat([image_embeddings, image_embeddings])
         return Condition(torch.cat([negative, text]), image, batch, float(guidance_scale))
-
-    def _settle(self) -> None:
-        if self.turns is not None:  # the text encoder has had its turn
-            self.turns.settle()
 
     def _embeddings(self, prompt_name: str, prompt: Any, name: str, embeddings: Tensor | None) -> Tensor:
         if (prompt is None) == (embeddings is None):
@@ -246,7 +255,11 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         """
         return self.guided_flow(noisy_latent, timestep, cache, input, r_timestep).combined()
 
-    @abstractmethod
+    def step_flow(self, *arguments: Any, **keywords: Any) -> Tensor | GuidedFlow:
+        """`guided_flow`, but for a subclass that predicts in another way."""
+        own = type(self).predict_flow is AnyFlowStream.predict_flow and "predict_flow" not in vars(self)
+        return (self.guided_flow if own else self.predict_flow)(*arguments, **keywords)
+
     def guided_flow(
         self,
         noisy_latent: Tensor,
@@ -256,6 +269,11 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         r_timestep: Tensor | None = None,
     ) -> GuidedFlow:
         """As `predict_flow`, with the guidance left to the sampler's step."""
+        raise NotImplementedError(f"{type(self).__name__} has neither guided_flow nor a predict_flow of its own")
+
+    def guided_velocity(self, network: Callable[..., Tensor], condition: Condition, *inputs: Tensor) -> Tensor:
+        """`network(x, t, r)` on one row per prompt, the pair of guided rows combined to u + s (c - u)."""
+        return self._on_rows(network, condition, *inputs).combined()
 
     def _on_rows(
         self, network: Callable[..., Tensor], condition: Condition, x: Tensor, t: Tensor, r: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -85,6 +85,7 @@ class AsyncDecoder:
         self.decoder, self.overlap = decoder, overlap
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._worker: ThreadPoolExecutor | None = None
+        self._latest: Future[_Decoded] | None = None
 
     def submit(self, input: Tensor, autoregressive_index: int = 0, cache: Any = None) -> PendingFrames:
         """Start decoding a chunk; arguments and errors are those of the decoder, the chunk named in a note.
@@ -98,7 +99,15 @@ class AsyncDecoder:
             return _finished(self._timed(input, autoregressive_index, cache))
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="anyflow-decoder")
-        return PendingFrames(self._worker.submit(self._timed, input, autoregressive_index, cache))
+        self._latest = self._worker.submit(self._timed, input, autoregressive_index, cache)
+        return PendingFrames(self._latest)
+
+    def drain(self) -> None:
+        """Wait, on the host, until nothing is being decoded."""
+        if self._latest is not None:
+            wait([self._latest])
+        for stream in self._streams.values():
+            stream.synchronize()
 
     def close(self) -> None:
         """Wait for the chunk under way and drop those behind it; on CUDA the current stream waits, not the host."""
@@ -144,16 +153,19 @@ def decode_behind(
     submit: Callable[[Tensor, int], PendingFrames],
     *,
     behind: int = 1,
+    after: type[BaseException] = Exception,
 ) -> Generator[PendingFrames, Any, None]:
     """The frames of chunks of latents, in order, each handed over when `behind` later chunks have been submitted; the
     first is handed over at once, so that a picture is there early.
 
-    If making or submitting a chunk fails, or is interrupted, the frames of those before it still come first.
+    If making or submitting a chunk fails, the frames of those before it still come first.
 
     Args:
         chunks: makes the latents; what is sent to this generator is sent on to it.
         submit: of an `AsyncDecoder`; given the latents and the index.
         behind: 0 hands every chunk over before the next is made.
+        after: errors that the frames under way come before; others are raised at once. With BaseException a caller
+            that stops at those frames never hears of Ctrl-C.
     """
     pending: deque[PendingFrames] = deque()
     failure: BaseException | None = None
@@ -163,7 +175,7 @@ def decode_behind(
             pending.append(submit(chunks.send(sent), index))
         except StopIteration:
             break
-        except BaseException as error:
+        except after as error:
             failure = error
             break
         sent = None
@@ -172,7 +184,10 @@ def decode_behind(
     while pending:
         yield pending.popleft()
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # with its traceback it is a cycle, which would keep the rollout's memory
 
 
 def _finished(decoded: _Decoded) -> PendingFrames:

@@ -165,6 +165,7 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
             raise ValueError(f"seed: got None on {transformer.num_processes} processes, expected the same for all")
         if input is not None:
             input = transformer.patchify_and_maybe_split_cp(input)
+        transformer.settle()
         cache.start(autoregressive_index)
         clean = transformer.known_latent(autoregressive_index, cache)
         if clean is None:
@@ -184,6 +185,7 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
     def finalize(self, final_state: FinalState[TransformerCacheT]) -> None:
         """Advance the cache past a generated chunk. May be repeated if it fails."""
         state, transformer = final_state, self.transformer
+        transformer.settle()
         latent = state.clean_latent
         # fp32 whatever the model's dtype: in bf16 a timestep of 999 would be 1000.
         timestep = torch.full((), self.config.context_noise, dtype=torch.float32, device=latent.device)
@@ -233,9 +235,8 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         """What the scheduler calls: `(x, t)`, or `(x, t, r_timestep)` for a flow map. Guidance is left to a scheduler
         that can do it in its step."""
         transformer, unpatchified = self.transformer, self.config.noise_in_unpatchified_shape
-        predict: Callable[..., Any] = transformer.predict_flow
-        if isinstance(scheduler, FlowMapEulerScheduler) and not unpatchified:
-            predict = getattr(transformer, "guided_flow", predict)
+        fused = isinstance(scheduler, FlowMapEulerScheduler) and not unpatchified
+        predict: Callable[..., Any] = transformer.step_flow if fused else transformer.predict_flow
         calls = 0
 
         def call(x: Tensor, timestep: Tensor, **target: Tensor) -> Any:

@@ -40,6 +40,7 @@ def stream(
     on_event: Callable[[Event], None] | None = None,
     overlap: bool | None = None,
     on_host: bool = False,
+    frames_before_interrupt: bool = False,
 ) -> Generator[Tensor, Prompt | Change | None, None]:
     """Generate a video with an AnyFlow pipeline, one chunk per iteration.
 
@@ -50,7 +51,7 @@ def stream(
 
     With `overlap` a chunk is decoded while the next one is denoised. The frames are the same, but those of chunk i
     come when chunk i + 1 has begun, so what is sent then is for chunk i + 2; only the first chunk comes at once. If
-    something fails, or Ctrl-C is pressed, the chunk that is being decoded still comes first.
+    something fails, the chunk that is being decoded still comes first.
 
     Args:
         pipeline: with an AnyFlow transformer and no encoder of its own for inputs per chunk.
@@ -74,6 +75,8 @@ def stream(
         overlap: see above; on a CPU the decoder then has a thread of its own, which competes for the cores. None
             overlaps on CUDA, unless the pipeline is profiling, for which it waits after every stage.
         on_host: give the frames in host memory, without waiting for the chunk that is being denoised beside them.
+        frames_before_interrupt: give the chunk that is being decoded also before Ctrl-C is raised, for a caller that is
+            sure to ask again.
     Yields:
         Frames (B, T, 3, H, W) in [-1, 1]; without a decoder clean latents (B, F, C, H, W).
     Raises:
@@ -109,7 +112,9 @@ def stream(
         check_finite("text embeddings", cache.transformer_cache.condition.text)
     if noise is not None:
         rollout.take_noise(noise, cache.transformer_cache)
-    return rollout.latents(cache) if pipeline.decoder is None else rollout.frames(cache, overlap, on_host)
+    if pipeline.decoder is None:
+        return rollout.latents(cache)
+    return rollout.frames(cache, overlap, on_host, BaseException if frames_before_interrupt else Exception)
 
 
 def video_noise(pipeline: StreamInferencePipeline, latent_frames: int, height: int, width: int, seed: int) -> Tensor:

@@ -13,7 +13,8 @@ from .pixel_model import CLASS_NAME, DEMO_MODEL, PixelModelIndex, read_index
 
 PIPELINES = {"AnyFlowFARPipeline": True, "AnyFlowPipeline": False, CLASS_NAME: True}  # and whether each is causal
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
-BUNDLED = {"demo": DEMO_MODEL}
+BUNDLED = {"demo": DEMO_MODEL, "anyflow-demo": DEMO_MODEL}
+SCHEDULE = {"shift": 1.0, "num_train_timesteps": 1000}  # the defaults of diffusers' FlowMapEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,15 @@ class ModelDirectory:
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """`shift` and `num_train_timesteps` of its sampler, as far as they are said."""
+        """`shift` and `num_train_timesteps` of its sampler; those of diffusers' class where they are not said."""
         if self.pixels is not None:
             return {"shift": self.pixels.shift}
         config = read_json("model", self.path / "scheduler" / "scheduler_config.json", "the config of the scheduler")
-        return {name: config[name] for name in ("shift", "num_train_timesteps") if name in config}
+        schedule = {name: config.get(name, default) for name, default in SCHEDULE.items()}
+        for name, value in schedule.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"model: scheduler_config.json: {name}: got {value!r}, expected a number above 0")
+        return schedule
 
 
 def read_model_directory(path: str | os.PathLike[str], *, text: bool = True, decode: bool = True) -> ModelDirectory:

@@ -8,7 +8,7 @@ than denoising.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ class Turns:
     """
 
     def __init__(self, device: torch.device, residents: Sequence[nn.Module]) -> None:
-        self.device, self._residents, self._settled = device, residents, False
+        self.device, self._residents = device, residents
+        self._settled = False
+        self._guest: nn.Module | None = None
 
     def settle(self) -> None:
         """Bring the residents to the device, if they are not there."""
@@ -33,15 +35,22 @@ class Turns:
             self._settled = True
 
     @contextmanager
-    def lend(self, module: nn.Module) -> Iterator[torch.device]:
-        """The device is the module's for the block; the residents come back when they are needed."""
+    def lend(self, module: nn.Module) -> Iterator[None]:
+        """The device is the module's for the block; the residents come back when they are needed. May be nested."""
+        if self._guest is module:
+            yield
+            return
         if self._settled:
-            self._move(torch.device("cpu"))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # other streams may still read the weights
             self._settled = False
-        module.to(self.device)
+            self._move(torch.device("cpu"))
+        self._guest = module
         try:
-            yield self.device
+            module.to(self.device)
+            yield
         finally:
+            self._guest = None
             module.to("cpu")
 
     def _move(self, device: torch.device) -> None:
@@ -57,6 +66,10 @@ class OnTurn(nn.Module):
         self.module = module
         self._turns = turns
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Have the device for several calls."""
+        return self._turns.lend(self.module)
+
     def forward(self, *inputs: Any) -> Tensor:
-        with self._turns.lend(self.module):
+        with self.turn():
             return self.module(*inputs)

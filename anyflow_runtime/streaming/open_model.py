@@ -17,10 +17,11 @@ from ..models import AnyFlowFARTransformer3DModel
 from ..models.base import AnyFlowModel
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from ..wan_vae import WanVAEEncoder, WanVAEEncoderConfig, WanVAEStreamDecoder, WanVAEStreamDecoderConfig
+from ..wan_vae.weights import wan_vae
 from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
-from .model_directory import ModelDirectory, read_model_directory
+from .model_directory import SCHEDULE, ModelDirectory, read_model_directory
 from .offload import OnTurn, Turns
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from .pixel_model import pixel_pipeline
@@ -69,25 +70,28 @@ def open_model(
         RuntimeError: for a backend that cannot run here.
     """
     load_ops(backend or "auto")  # raises, with the reason, if it cannot run here
+    where = None if device is None else torch.device(device)
+    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {device}, expected cpu: torch {torch.__version__} sees no GPU here")
+    options = (match_diffusers_padding, compile, backend)
     if not isinstance(source, (str, os.PathLike, ModelDirectory)):
         if offload:
             raise ValueError("offload: got True with a loaded source, expected False: its own offloading is kept")
-        model = accelerated(source, match_diffusers_padding, compile, backend)
-        if dtype not in (None, model.dtype):
-            raise ValueError(f"dtype: got {dtype} for a source of {model.dtype}, expected None")
-        return _around(source, model, device, steps, text, decode, check_finite)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _around(source, where, dtype, steps, text, decode, check_finite, *options)
+    where = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     config = pipeline_config(source, steps, dtype, text, decode)
     config = derive_config(config, diffusion_model={"check_finite": check_finite})
-    path = config.diffusion_model.transformer.path  # type: ignore[attr-defined]
+    stream: Any = config.diffusion_model.transformer
+    _check_padding(match_diffusers_padding, isinstance(stream, AnyFlowFARStreamConfig))
     try:
         pipeline = _loaded(config, where, dtype, offload)
-    except (torch.OutOfMemoryError, ImportError, FileNotFoundError):
+    except (torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:  # whatever a library makes of a damaged file
-        raise ValueError(f"model: {path} does not load: {type(error).__name__}: {error}") from error
-    accelerated(pipeline.diffusion_model.transformer.model, match_diffusers_padding, compile, backend)
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"model: {stream.path} does not load: {type(error).__name__}: {error}") from error
+    accelerated(pipeline.diffusion_model.transformer.model, *options)
     return pipeline
 
 
@@ -145,45 +149,69 @@ def _loaded(
 ) -> StreamInferencePipeline:
     place = torch.device("cpu") if offload else device
     stream: Any = config.diffusion_model.transformer
+    transformer = derive_config(stream, context_encoder=None).setup(device=place)
+    transformer.config = stream
     encoder = None if stream.context_encoder is None else stream.context_encoder.setup().to(place)
     if encoder is not None and not hasattr(encoder.config, "dtype"):
         encoder.to(dtype)
-    transformer = stream.setup(context_encoder=encoder, device=place)
-    decoder = None if config.decoder is None else config.decoder.setup().to(place)
+    decoder, video_encoder = _codec(config, place)
     if offload:
         transformer.turns = Turns(device, [transformer.model, *([] if decoder is None else [decoder])])
-        if encoder is not None:
-            transformer.context_encoder = OnTurn(encoder, transformer.turns)
-    return StreamInferencePipeline(config, transformer=transformer, decoder=decoder).eval()
+        encoder = None if encoder is None else OnTurn(encoder, transformer.turns)
+    transformer.context_encoder = encoder
+    parts = {"transformer": transformer, "decoder": decoder, "video_encoder": video_encoder}
+    return StreamInferencePipeline(config, **parts).eval()
+
+
+def _codec(config: StreamInferencePipelineConfig, place: torch.device) -> tuple[Any, Any]:
+    """Decoder and encoder of video, on one VAE that is read once; the encoder comes later where there is no decoder."""
+    halves: Any = (config.decoder, config.video_encoder)
+    if config.decoder is None:
+        return None, None
+    if not isinstance(config.decoder, WanVAEStreamDecoderConfig):
+        return tuple(half.setup().to(place) for half in halves)
+    vae = wan_vae(None, config.decoder.path, config.decoder.subfolder, config.decoder.dtype)
+    return tuple(derive_config(half, path=None).setup(vae=vae).to(place) for half in halves)
+
+
+def _check_padding(wanted: bool | None, causal: bool) -> None:
+    if wanted and not causal:
+        raise ValueError("match_diffusers_padding: got True with a bidirectional model, expected a causal (FAR) one")
 
 
 def _around(
     source: Any,
-    model: AnyFlowModel,
-    device: torch.device | str | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
     steps: int,
     text: bool,
     decode: bool,
     check_finite: bool,
+    match_diffusers_padding: bool | None,
+    *options: Any,
 ) -> StreamInferencePipeline:
-    """The pipeline around models that are loaded."""
-    where = getattr(source, "_execution_device", model.device) if device is None else torch.device(device)
-    hook = getattr(model, "_hf_hook", None)
-    if hook is not None:  # caches are made where the weights are, and prefilling is not a call that a hook notices
-        hook.pre_forward(model)
-    elif device is not None:
-        model.to(where)
+    """The pipeline around models that are loaded; `options` are those of `accelerated`."""
+    given: Any = source if isinstance(source, nn.Module) else getattr(source, "transformer", None)
+    if dtype not in (None, getattr(given, "dtype", None)):
+        raise ValueError(f"dtype: got {dtype} for a source of {getattr(given, 'dtype', None)}, expected None")
+    _check_padding(match_diffusers_padding, type(given).__name__ == AnyFlowFARTransformer3DModel.__name__)
     parts = {name: getattr(source, name, None) for name in ("text_encoder", "tokenizer", "vae", "scheduler")}
     encoder = None
     if text and parts["text_encoder"] is not None:
         encoder = UMT5TextEncoder(UMT5TextEncoderConfig(), parts["text_encoder"], parts["tokenizer"])
+    if any(p.is_meta for part in (given, parts["vae"]) if isinstance(part, nn.Module) for p in part.parameters()):
+        raise ValueError("source: got weights under sequential offload, expected model offload or none")
+    model = accelerated(source, match_diffusers_padding, *options)
+    if device is not None and not hasattr(model, "_hf_hook"):
+        model.to(device)
+    where = device or getattr(source, "_execution_device", model.device)
     decoder = video_encoder = None
     if parts["vae"] is not None:
         video_encoder = WanVAEEncoder(WanVAEEncoderConfig(pixel_range="unit"), parts["vae"]).to(where)
         if decode:
             decoder = WanVAEStreamDecoder(WanVAEStreamDecoderConfig(), parts["vae"]).to(where)
     said = getattr(parts["scheduler"], "config", {})
-    schedule = {name: said[name] for name in ("shift", "num_train_timesteps") if name in said}
+    schedule = {name: said.get(name, default) for name, default in SCHEDULE.items()}
     causal = isinstance(model, AnyFlowFARTransformer3DModel)
     stream = AnyFlowFARStreamConfig() if causal else AnyFlowBidirectionalStreamConfig()
     config = StreamInferencePipelineConfig(

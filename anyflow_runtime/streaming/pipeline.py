@@ -120,8 +120,14 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
             self.video_encoder = self.config.video_encoder.setup()
             if transformer.turns is None:
                 self.video_encoder.to(transformer.device)
+        finite = self.config.diffusion_model.check_finite
+        if finite:
+            check_finite_weights("video_encoder", self.video_encoder)
         with nullcontext() if transformer.turns is None else transformer.turns.lend(self.video_encoder):
-            return self.video_encoder(video.to(transformer.device)).to(transformer.dtype)
+            latents = self.video_encoder(video.to(transformer.device)).to(transformer.dtype)
+        if finite:
+            check_finite("context latents", latents)
+        return latents
 
     def initialize_cache(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -91,6 +91,7 @@ class Rollout:
         self.negative_prompt, self.guidance_scale, self.steps = negative_prompt, scale, steps
         self.on_event, self.on_stats = on_event, on_stats
         self.noise: Tensor | None = None
+        self.decoder: AsyncDecoder | None = None
 
     def prompts(self) -> dict[str, Any]:
         """The prompts as keywords of `make_condition`."""
@@ -130,19 +131,29 @@ class Rollout:
         if change.guidance_scale is not None:
             self.guidance_scale = change.guidance_scale
         after = (self.prompt, self.negative_prompt, self.guidance_scale)
-        if not all(_same(a, b) for a, b in zip(before, after, strict=True)):
+        if not all(_same(old, new) for old, new in zip(before[:2], after[:2], strict=True)):
+            if self.decoder is not None and self.transformer.turns is not None:
+                self.decoder.drain()  # its weights leave the device while the text encoder has it
             self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
+        elif before[2] != after[2]:
+            scale = float(self.guidance_scale) if self.guidance_scale > 1 else None
+            if cache.condition.guided == (scale is None):  # raises: guidance begins or ends with a rollout
+                self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
+            self.transformer.change_condition(cache, replace(cache.condition, guidance_scale=scale))
 
-    def frames(self, cache: StreamInferencePipelineCache, overlap: bool, on_host: bool) -> Generator[Tensor, Any, None]:
+    def frames(
+        self, cache: StreamInferencePipelineCache, overlap: bool, on_host: bool, after: type[BaseException]
+    ) -> Generator[Tensor, Any, None]:
         """Frames of every chunk, with `overlap` each decoded while the next is denoised; see `stream`."""
         finite, profiler = self.pipeline.config.diffusion_model.check_finite, cache.event_profiler
         with AsyncDecoder(self.pipeline.decoder, overlap) as decoder, closing(self.latents(cache)) as latents:
+            self.decoder = decoder
 
             def submit(chunk: Tensor, index: int) -> PendingFrames:
                 with stage(profiler, "decode"):
                     return decoder.submit(chunk, index, cache.decoder_cache)
 
-            pending = decode_behind(latents, submit, behind=int(overlap))
+            pending = decode_behind(latents, submit, behind=int(overlap), after=after)
             change = None
             for index in count():
                 try:

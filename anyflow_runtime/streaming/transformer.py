@@ -67,6 +67,15 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
         first = next(self.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
+    def settle(self) -> None:
+        """Have the weights on the device, where offloading may have taken them away."""
+        if self.turns is not None:
+            self.turns.settle()
+
+    def step_flow(self, *arguments: Any, **keywords: Any) -> Any:
+        """What a flow-map sampler is given: `predict_flow`, or a flow whose guidance is left to the sampler's step."""
+        return self.predict_flow(*arguments, **keywords)
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the first parameter; torch's default if there is none."""

@@ -24,7 +24,9 @@ def wan_vae(vae: Any, path: str | None, subfolder: str | None, dtype: torch.dtyp
         raise ValueError(f"vae, path: got {given}, expected exactly one of config.path and setup(vae=...)")
     AutoencoderKLWan = optional("diffusers", "the Wan VAE", "diffusers").AutoencoderKLWan
     if vae is None:
-        return AutoencoderKLWan.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype).eval()
+        return AutoencoderKLWan.from_pretrained(
+            path, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+        ).eval()
     if not isinstance(vae, AutoencoderKLWan):
         raise TypeError(f"vae: got {type(vae).__name__}, expected a diffusers AutoencoderKLWan")
     return vae
