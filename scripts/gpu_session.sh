@@ -26,7 +26,7 @@ case $part in check | all)
     step triton_tests 240 "$python" -m pytest -q tests/test_far_attention_triton.py tests/test_far_attention_gluon.py \
         tests/test_gated_residual_layer_norm_triton.py tests/test_qk_norm_rope_append_triton.py tests/test_rms_norm_triton.py \
         tests/test_linear_gelu_triton.py tests/test_dual_timestep_embedding_triton.py tests/test_flow_map_step_triton.py \
-        tests/test_models_triton.py
+        tests/test_models_triton.py tests/test_streaming_launches.py
     step gpu_tests 180 "$python" -m pytest -q -m gpu
     step verify 120 "$python" -m anyflow_runtime.cli verify --device cuda --json "$out/verify.json"
     if command -v compute-sanitizer >/dev/null 2>&1; then
