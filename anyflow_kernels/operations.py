@@ -287,6 +287,7 @@ class Ops:
         """
         _expect_dims("latents", latents, 5)
         _expect_dims("weight", weight, 5)
+        _expect_three("patch_size", patch_size, 1)
         kernel = (latents.shape[2], *patch_size)
         _expect(
             tuple(weight.shape[1:]) == kernel, "weight", tuple(weight.shape), "(D, C, pt, ph, pw) = (D, *{})", kernel
@@ -326,10 +327,8 @@ class Ops:
             ValueError: on numbers or a shape that do not fit.
         """
         _expect_dims("tokens", tokens, 3)
-        _expect(len(grid) == 3 and all(n >= 0 for n in grid), "grid", grid, "three integers >= 0")
-        _expect(
-            len(patch_size) == 3 and all(n >= 1 for n in patch_size), "patch_size", patch_size, "three integers >= 1"
-        )
+        _expect_three("grid", grid, 0)
+        _expect_three("patch_size", patch_size, 1)
         _expect(channels >= 1, "channels", channels, ">= 1")
         features = patch_size[0] * patch_size[1] * patch_size[2] * channels
         expected = (tokens.shape[0], grid[0] * grid[1] * grid[2], features)
@@ -383,6 +382,10 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
                 _expect(tensor.dtype == x.dtype, name + ".dtype", tensor.dtype, "that of x, {}", x.dtype)
+
+
+def _expect_three(name: str, numbers: tuple[int, ...], least: int) -> None:
+    _expect(len(numbers) == 3 and all(n >= least for n in numbers), name, numbers, "three integers >= {}", least)
 
 
 def _expect_dims(name: str, tensor: Tensor, dims: int) -> None:

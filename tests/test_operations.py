@@ -112,8 +112,8 @@ BAD: list[tuple[str, str, Args]] = [
     ("patch_embed", "bias", {"bias": torch.ones(5).double()}),
     ("patch_embed", "weight", {"weight": torch.ones(5, 4, 1, 2, 2, device="meta")}),
     ("patch_embed", "weight", {"weight": torch.ones(5, 4, 1, 2, 2, dtype=torch.long)}),
-    ("patch_embed", "weight", {"patch_size": (2, 2)}),
-    ("patch_embed", "weight", {"patch_size": (1, 0, 2)}),
+    ("patch_embed", "patch_size", {"patch_size": (2, 2)}),
+    ("patch_embed", "patch_size", {"patch_size": (1, 0, 2)}),
     ("patch_embed", "offset", {"offset": -1}),
     ("patch_embed", "offset", {"offset": 13}),
     ("patch_embed", "offset", {"out": None}),
@@ -137,6 +137,15 @@ def test_bad_argument_is_named(operation: str, name: str, change: Args, ops: Any
     """Both backends refuse the same calls before any work; the message says what came and what was expected."""
     with pytest.raises((ValueError, TypeError), match=rf"^{name}\b.*: got .*expected"):
         getattr(ops, operation)(**{**ONES[operation](), **change})
+
+
+@pytest.mark.parametrize("change", [{"offset": 3}, {"offset": -1}, {"bias": torch.ones(4)}], ids=str)
+def test_a_refused_patch_embedding_leaves_the_slab_as_it_was(change: Args) -> None:
+    arguments = {**ONES["patch_embed"](), **change}
+    slab = torch.full((2, 3, 5), torch.nan)
+    with pytest.raises(ValueError, match="got"):
+        TORCH.patch_embed(**{**arguments, "out": slab})
+    assert slab.isnan().all()
 
 
 def test_every_operation_has_bad_and_good_input_here() -> None:
