@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from anyflow_kernels.testing.budget import check
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 
 from .parity import model_pair, prompt_inputs, random_config, relative_error
@@ -136,9 +137,8 @@ def test_fp32_gradients_are_within_the_budget(clean: bool) -> None:
         of_model(new_model(dtype=torch.float32, backend=backend), narrow, chunk_partition=PARTITION)
         for backend in ("reference", "torch")
     )
-    budgets = {name: 2 * relative_error(low[name], high[name]) + 8 * torch.finfo(torch.float32).eps for name in high}
-    errors = {name: relative_error(got[name], high[name]) for name in high}
-    assert not {name: (errors[name], budgets[name]) for name in high if not errors[name] <= budgets[name]}
+    for name in high:
+        check(name, got[name], low[name], high[name], steps=8)
 
 
 @with_and_without_clean
@@ -192,9 +192,8 @@ def test_bidirectional_gradients_are_as_exact_as_those_of_diffusers(seed: int) -
     high = gradients(loss_of(oracle_velocity(state, config, x, times[0], times[1], text, [3], image)), state)
     low, got = results
     assert got.keys() == low.keys() == high.keys()
-    budgets = {name: 2 * relative_error(low[name], high[name]) + 8 * torch.finfo(torch.float32).eps for name in high}
-    errors = {name: relative_error(got[name], high[name]) for name in high}
-    assert not {name: (errors[name], budgets[name]) for name in high if not errors[name] <= budgets[name]}
+    for name in high:
+        check(name, got[name], low[name], high[name], steps=8)
 
 
 # what is trained
