@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops, load_ops
-from anyflow_kernels.testing.budget import judge, map_tensors, relative_error
+from anyflow_kernels.testing.budget import judge, leaves, map_tensors, relative_error
 from anyflow_kernels.testing.cases import OperationCase, Random
 from anyflow_kernels.testing.float64_oracle import oracle_ops
 
@@ -95,10 +95,9 @@ def _run_operation(
     inputs = case.make(random)
     if wide:
         inputs = map_tensors(torch.Tensor.double, inputs)
-    leaves: list[Tensor] = []
     if backward:
         for name in case.differentiable:
-            inputs[name] = map_tensors(lambda tensor: _leaf(tensor, leaves), inputs[name])
+            inputs[name] = map_tensors(lambda x: x.detach().requires_grad_(), inputs[name])
     with torch.set_grad_enabled(backward):
         out = getattr(ops, case.operation)(**inputs)
     outs = list(out) if isinstance(out, tuple) else [out]
@@ -106,13 +105,8 @@ def _run_operation(
         return {f"result {i}": t for i, t in enumerate(outs)} | {name: inputs[name] for name in case.written}
     outs = [t for t in outs if t.requires_grad]
     seeds = [random(*t.shape, dtype=torch.bfloat16).to(t.dtype) for t in outs]  # exact in every dtype
-    gradients = torch.autograd.grad(outs, leaves, seeds)
+    gradients = torch.autograd.grad(outs, leaves([inputs[name] for name in case.differentiable]), seeds)
     return {f"gradient {i}": t for i, t in enumerate(gradients)}
-
-
-def _leaf(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
-    leaves.append(tensor.detach().requires_grad_())
-    return leaves[-1]
 
 
 def _judge(run: tuple[str, str, str, str], got: Results, low: Results, high: Results) -> Verdict:
