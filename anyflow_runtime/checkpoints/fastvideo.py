@@ -8,39 +8,36 @@ from __future__ import annotations
 
 from .renames import Report, Rule, State, rename_all
 
-_BLOCK = r"blocks\.(\d+)\."
-_FORWARD: tuple[tuple[str, str], ...] = (
-    (r"patch_embedding\.(weight|bias)", r"patch_embedding.proj.\1"),
-    (r"condition_embedder\.text_embedder\.linear_1\.(.+)", r"condition_embedder.text_embedder.fc_in.\1"),
-    (r"condition_embedder\.text_embedder\.linear_2\.(.+)", r"condition_embedder.text_embedder.fc_out.\1"),
-    (r"condition_embedder\.(time|delta)_embedder\.linear_1\.(.+)", r"condition_embedder.\1_embedder.mlp.fc_in.\2"),
-    (r"condition_embedder\.(time|delta)_embedder\.linear_2\.(.+)", r"condition_embedder.\1_embedder.mlp.fc_out.\2"),
-    (r"condition_embedder\.time_proj\.(.+)", r"condition_embedder.time_modulation.linear.\1"),
-    (_BLOCK + r"attn1\.(to_[qkv])\.(.+)", r"blocks.\1.\2.\3"),
-    (_BLOCK + r"attn1\.to_out\.0\.(.+)", r"blocks.\1.to_out.\2"),
-    (_BLOCK + r"attn1\.(norm_[qk])\.(.+)", r"blocks.\1.\2.\3"),
-    (_BLOCK + r"attn2\.to_out\.0\.(.+)", r"blocks.\1.attn2.to_out.\2"),
-    (_BLOCK + r"ffn\.net\.0\.proj\.(.+)", r"blocks.\1.ffn.fc_in.\2"),
-    (_BLOCK + r"ffn\.net\.2\.(.+)", r"blocks.\1.ffn.fc_out.\2"),
-    (_BLOCK + r"norm2\.(.+)", r"blocks.\1.self_attn_residual_norm.norm.\2"),
+_PARTS = {
+    "n": r"\d+",
+    "own": "to_[qkv]|norm_[qk]",
+    "which": "time|delta",
+    "values": "weight|bias",
+    "rest": r"(?!0\.).+",  # the 0 of to_out.0 is no parameter, but diffusers' layout
+}
+_NAMES = (  # in diffusers and in FastVideo
+    ("patch_embedding.{values}", "patch_embedding.proj.{values}"),
+    ("condition_embedder.text_embedder.linear_1.{rest}", "condition_embedder.text_embedder.fc_in.{rest}"),
+    ("condition_embedder.text_embedder.linear_2.{rest}", "condition_embedder.text_embedder.fc_out.{rest}"),
+    ("condition_embedder.{which}_embedder.linear_1.{rest}", "condition_embedder.{which}_embedder.mlp.fc_in.{rest}"),
+    ("condition_embedder.{which}_embedder.linear_2.{rest}", "condition_embedder.{which}_embedder.mlp.fc_out.{rest}"),
+    ("condition_embedder.time_proj.{rest}", "condition_embedder.time_modulation.linear.{rest}"),
+    ("blocks.{n}.attn1.{own}.{rest}", "blocks.{n}.{own}.{rest}"),
+    ("blocks.{n}.attn1.to_out.0.{rest}", "blocks.{n}.to_out.{rest}"),
+    ("blocks.{n}.attn2.to_out.0.{rest}", "blocks.{n}.attn2.to_out.{rest}"),
+    ("blocks.{n}.ffn.net.0.proj.{rest}", "blocks.{n}.ffn.fc_in.{rest}"),
+    ("blocks.{n}.ffn.net.2.{rest}", "blocks.{n}.ffn.fc_out.{rest}"),
+    ("blocks.{n}.norm2.{rest}", "blocks.{n}.self_attn_residual_norm.norm.{rest}"),
 )
-_BACKWARD: tuple[tuple[str, str], ...] = (
-    (r"patch_embedding\.proj\.(weight|bias)", r"patch_embedding.\1"),
-    (r"condition_embedder\.text_embedder\.fc_in\.(.+)", r"condition_embedder.text_embedder.linear_1.\1"),
-    (r"condition_embedder\.text_embedder\.fc_out\.(.+)", r"condition_embedder.text_embedder.linear_2.\1"),
-    (r"condition_embedder\.(time|delta)_embedder\.mlp\.fc_in\.(.+)", r"condition_embedder.\1_embedder.linear_1.\2"),
-    (r"condition_embedder\.(time|delta)_embedder\.mlp\.fc_out\.(.+)", r"condition_embedder.\1_embedder.linear_2.\2"),
-    (r"condition_embedder\.time_modulation\.linear\.(.+)", r"condition_embedder.time_proj.\1"),
-    (_BLOCK + r"(to_[qkv])\.(.+)", r"blocks.\1.attn1.\2.\3"),
-    (_BLOCK + r"to_out\.(weight|bias)", r"blocks.\1.attn1.to_out.0.\2"),
-    (_BLOCK + r"(norm_[qk])\.(.+)", r"blocks.\1.attn1.\2.\3"),
-    (_BLOCK + r"attn2\.to_out\.(weight|bias)", r"blocks.\1.attn2.to_out.0.\2"),
-    (_BLOCK + r"ffn\.fc_in\.(.+)", r"blocks.\1.ffn.net.0.proj.\2"),
-    (_BLOCK + r"ffn\.fc_out\.(.+)", r"blocks.\1.ffn.net.2.\2"),
-    (_BLOCK + r"self_attn_residual_norm\.norm\.(.+)", r"blocks.\1.norm2.\2"),
-)
-TO_FASTVIDEO = tuple(Rule(*pair) for pair in _FORWARD)
-FROM_FASTVIDEO = tuple(Rule(*pair) for pair in _BACKWARD)
+
+
+def _rule(old: str, new: str) -> Rule:
+    groups = {name: f"(?P<{name}>{pattern})" for name, pattern in _PARTS.items()}
+    return Rule(old.replace(".", r"\.").format(**groups), new.format(**{name: rf"\g<{name}>" for name in _PARTS}))
+
+
+TO_FASTVIDEO = tuple(_rule(diffusers, fastvideo) for diffusers, fastvideo in _NAMES)
+FROM_FASTVIDEO = tuple(_rule(fastvideo, diffusers) for diffusers, fastvideo in _NAMES)
 
 
 def to_fastvideo(state: State) -> tuple[State, Report]:
