@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from ..streaming.model_directory import ModelDirectory
     from ..streaming.pipeline import StreamInferencePipeline
 
-DTYPES = {
-    "fp32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = _SHORT | {name: name for name in _SHORT.values()}
 T = TypeVar("T")
 BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add where and how a model runs, in a group that further options may join."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    machine.add_argument("--dtype", type=dtype_name, help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
+    machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see anyflow info; default auto")
+    machine.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
+    return machine
 
 
 def whole_number(minimum: int) -> type:
@@ -97,6 +101,13 @@ def resolve_device(text: str | None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name in torch, or the device's usual one."""
+    import torch
+
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def model_directory(path: str, text: bool = True) -> ModelDirectory:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
-from .arguments import BACKENDS, chunk_partition, dtype_name, frame_size, guidance_scale, whole_number
+from .arguments import chunk_partition, frame_size, guidance_scale, machine_arguments, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reproduce the zero keys that diffusers' FAR inference adds to every softmax, to compare with it",
     )
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    machine.add_argument("--dtype", type=dtype_name, help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
-    machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see anyflow info; default auto")
+    machine = machine_arguments(parser)
     machine.add_argument("--offload", action="store_true", help="keep on the GPU only the models that are running")
     machine.add_argument(
         "--context-parallel",
@@ -74,8 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the processes of torchrun share attention: by heads (ulysses), by passing keys round (ring), or by "
         "heads where they divide (auto, the default)",
     )
-    machine.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
-
     machine.add_argument(
         "--check-finite",
         action="store_true",

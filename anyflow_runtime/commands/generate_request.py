@@ -18,7 +18,7 @@ from ..causal_time import context_lengths, partition_for, total_latent_frames, t
 from ..streaming.model_directory import ModelDirectory
 from ..video_io import read_image, read_video
 from . import UsageError
-from .arguments import model_directory, resolve_device
+from .arguments import model_directory, resolve_device, resolve_dtype
 
 OUTPUTS = (".mp4", ".gif", ".png")
 _DEFAULT_FRAMES = 81
@@ -108,7 +108,7 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
         steps=args.steps,
         seed=args.seed,
         guidance=args.guidance,
-        dtype=_dtype(args.dtype, device),
+        dtype=resolve_dtype(args.dtype, device),
         device=device,
         backend=args.backend,
         match_diffusers_padding=args.match_diffusers_padding,
@@ -122,10 +122,6 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
         check_finite=args.check_finite,
         overlap=_overlap(args.overlap, model, device),
     )
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def _overlap(asked: bool | None, model: ModelDirectory, device: torch.device) -> bool:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import UsageError
 from .arguments import (
-    BACKENDS,
-    dtype_name,
     frame_size,
     guidance_scale,
+    machine_arguments,
     model_directory,
     open_pipeline,
     resolve_device,
+    resolve_dtype,
     whole_number,
 )
 
@@ -72,11 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     video.add_argument("--fps", type=whole, metavar="N", help="frames per second; default 16, or what the model says")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    machine.add_argument("--dtype", type=dtype_name, help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
-    machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see anyflow info; default auto")
-    machine.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
+    machine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,15 +80,13 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn
     except ImportError as error:
         raise UsageError(f"serve needs a web server: pip install 'anyflow-kernels[serve]' ({error})") from error
-    import torch
-
     from anyflow_kernels import load_ops
 
     device = resolve_device(args.device)
     load_ops(args.backend)  # raises, with the reason, if it cannot run here
     model = model_directory(args.model)
     limits = _limits(args, model)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = resolve_dtype(args.dtype, device)
     # Before the model: an address in use should not cost the minutes of loading it.
     with _bound(args.host, args.port) as listener:
         app = build_app(args, limits, model, device, dtype)
