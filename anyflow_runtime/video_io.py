@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
             pixels = np.array(ops.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise VideoReadError(f"{path}: not a readable picture ({error})") from error
-    return fitted(_unit(pixels), size)
+    return fitted(unit(pixels), size)
 
 
 def read_video(
@@ -76,8 +76,8 @@ def read_video(
         raise ValueError(f"num_frames: got {num_frames}, expected at least 1")
     path = _existing(path)
     frames: list[Tensor] = []
-    for pixels in _decoded(path):
-        frames.append(fitted(_unit(pixels), size))
+    for pixels in decoded(str(path)):
+        frames.append(fitted(unit(pixels), size))
         if len(frames) == num_frames:
             break
     if num_frames is not None and len(frames) < num_frames:
@@ -99,22 +99,32 @@ def _check_size(size: Any) -> None:
         raise ValueError(f"size: got {size!r}, expected (height, width) of at least 1 pixel each")
 
 
-def _decoded(path: Path) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 frames; raises VideoReadError where the file ends early or is damaged."""
-    av = _media("av")
-    count = 0
+def decoded(
+    file: Any, name: str | None = None, demuxer: str | None = None, check: Callable[[int, int], None] | None = None
+) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 frames of the first video stream of a path or file object, in messages its path or `name`.
+
+    Only `demuxer` is tried, if given. `check` may refuse width and height, those of the header, then of every frame.
+
+    Raises:
+        VideoReadError: (an OSError and ValueError) where it ends early or is damaged.
+    """
+    av, name, count = _media("av"), name or file, 0
+    check = check or (lambda width, height: None)
     try:
-        with av.open(str(path)) as container:
+        with av.open(file, format=demuxer) as container:
             if not container.streams.video:
-                raise VideoReadError(f"{path}: has no video stream")
+                raise VideoReadError(f"{name}: has no video stream")
             stream = container.streams.video[0]
+            check(stream.codec_context.width, stream.codec_context.height)
             end = 0
             for packet in container.demux(stream):
                 if packet.is_corrupt:
-                    raise _damaged(path, count, "a packet is cut short")
+                    raise _damaged(name, count, "a packet is cut short")
                 if packet.pts is not None:
                     end = max(end, packet.pts + (packet.duration or 0))
                 for frame in packet.decode():
+                    check(frame.width, frame.height)
                     # Asked for BT.709 where the stream says so; swscale would otherwise assume BT.601.
                     colorspace = "ITU709" if frame.colorspace == 1 else None
                     yield frame.to_ndarray(format="rgb24", src_colorspace=colorspace)
@@ -123,18 +133,19 @@ def _decoded(path: Path) -> Iterator[np.ndarray]:
             if stream.duration and stream.average_rate and stream.time_base:
                 missing = ((stream.start_time or 0) + stream.duration - end) * stream.time_base * stream.average_rate
                 if missing > 2:
-                    raise _damaged(path, count, f"about {round(missing)} frames are missing")
+                    raise _damaged(name, count, f"about {round(missing)} frames are missing")
     except av.error.FFmpegError as error:
-        raise _damaged(path, count, error.strerror or str(error)) from error
+        raise _damaged(name, count, error.strerror or str(error)) from error
     if count == 0:
-        raise _damaged(path, 0, "it is empty")
+        raise _damaged(name, 0, "it is empty")
 
 
-def _damaged(path: Path, count: int, why: str) -> VideoReadError:
-    return VideoReadError(f"{path}: not a video, truncated or damaged ({why}); {count} frames were decoded")
+def _damaged(name: str, count: int, why: str) -> VideoReadError:
+    return VideoReadError(f"{name}: not a video, truncated or damaged ({why}); {count} frames were decoded")
 
 
-def _unit(pixels: np.ndarray) -> Tensor:
+def unit(pixels: np.ndarray) -> Tensor:
+    """(3, H, W) fp32 in [0, 1] of (H, W, 3) uint8."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
 
 
@@ -284,7 +295,7 @@ class VideoWriter:
         readable = 0
         if self.path.suffix.lower() == ".mp4" and self.partial_path.exists():
             with contextlib.suppress(VideoReadError):
-                for _ in _decoded(self.partial_path):
+                for _ in decoded(str(self.partial_path)):
                     readable += 1
         saved = f"the first {readable} can be played from {self.partial_path}" if readable else "none could be saved"
         why = error.strerror or str(error)

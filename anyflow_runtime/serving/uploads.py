@@ -12,13 +12,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..video_io import fitted
+from ..video_io import VideoReadError, decoded, fitted, unit
 from .errors import RequestError
 
 MAX_PIXELS = 2**25  # of a picture or frame: 8K and a little more
@@ -47,9 +46,7 @@ class Upload:
             RequestError: if it has fewer.
         """
         pictures = iter([_picture(self.data)]) if self.demuxer is None else _clip(self.data, self.demuxer)
-        frames = [
-            fitted(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, size) for pixels in islice(pictures, count)
-        ]
+        frames = [fitted(unit(pixels), size) for pixels in islice(pictures, count)]
         if len(frames) < count:
             raise RequestError(f"upload: got {len(frames)} frames, expected {count}")
         return torch.stack(frames)
@@ -67,10 +64,7 @@ def check_upload(data: bytes, max_frames: int) -> Upload:
     if demuxer is None:
         _picture(data)
         return Upload(data, None, 1)
-    frames = sum(1 for _ in islice(_clip(data, demuxer), max_frames))
-    if not frames:
-        raise RequestError("upload: the clip holds no frames")
-    return Upload(data, demuxer, frames)
+    return Upload(data, demuxer, sum(1 for _ in islice(_clip(data, demuxer), max_frames)))
 
 
 class UploadStore:
@@ -124,25 +118,11 @@ def _picture(data: bytes) -> np.ndarray:
 
 def _clip(data: bytes, demuxer: str) -> Iterator[np.ndarray]:
     """(H, W, 3) uint8 frames of the first video stream."""
-    import av
-
-    count = 0
     try:
         # The format is given: FFmpeg does not look for another one in the bytes.
-        container: Any = av.open(io.BytesIO(data), format=demuxer)
-        with container:
-            if not container.streams.video:
-                raise RequestError("upload: the clip has no video stream")
-            stream = container.streams.video[0]
-            _check_pixels(stream.codec_context.width, stream.codec_context.height)
-            for frame in container.decode(stream):
-                _check_pixels(frame.width, frame.height)
-                colorspace = "ITU709" if frame.colorspace == 1 else None
-                yield frame.to_ndarray(format="rgb24", src_colorspace=colorspace)
-                count += 1
-    except av.error.FFmpegError as error:
-        why = error.strerror or str(error)
-        raise RequestError(f"upload: the clip is damaged ({why}) after {count} frames") from error
+        yield from decoded(io.BytesIO(data), "upload", demuxer, _check_pixels)
+    except VideoReadError as error:
+        raise RequestError(str(error)) from error
 
 
 def _check_pixels(width: int, height: int) -> None:
