@@ -187,7 +187,7 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         Raises:
             LifecycleError: (a ValueError and AssertionError) on a call out of order.
         """
-        return self._generate(autoregressive_index, cache, input, noise, steps, self.decoder)
+        return self._generate(autoregressive_index, cache, input, self.decoder, noise=noise, steps=steps)
 
     @torch.no_grad()
     def denoise(
@@ -205,19 +205,10 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
         For a caller that decodes it elsewhere, every chunk and in order, with `cache.decoder_cache`. `on_step` is
         called after each call of the network, with its number from 1.
         """
-        return self._generate(autoregressive_index, cache, input, noise, steps, None, on_step)
+        return self._generate(autoregressive_index, cache, input, None, noise=noise, steps=steps, on_step=on_step)
 
-    def _generate(
-        self,
-        autoregressive_index: int,
-        cache: Any,
-        input: Any,
-        noise: Tensor | None,
-        steps: int | None,
-        decoder: Any,
-        on_step: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        self._check_generate(autoregressive_index, cache, input)
+    def _generate(self, index: int, cache: Any, input: Any, decoder: Any, **sampling: Any) -> Tensor:
+        self._check_generate(index, cache, input)
         model, finite = self.diffusion_model, self.config.diffusion_model.check_finite
         rng = model.rng if cache.rng is None else cache.rng
         profiler = cache.event_profiler
@@ -229,27 +220,17 @@ class StreamInferencePipeline(nn.Module, Generic[StreamingEncoderCacheT, Transfo
             encoded = None
             with stage(profiler, "encode"):
                 if self.encoder is not None:
-                    encoded = self.encoder(
-                        input=input, autoregressive_index=autoregressive_index, cache=cache.encoder_cache
-                    )
+                    encoded = self.encoder(input=input, autoregressive_index=index, cache=cache.encoder_cache)
             if finite and isinstance(encoded, Tensor):
-                check_finite(f"encoder output of chunk {autoregressive_index}", encoded)
+                check_finite(f"encoder output of chunk {index}", encoded)
             with stage(profiler, "diffuse"):
-                output, state = model.generate(
-                    autoregressive_index,
-                    cache.transformer_cache,
-                    encoded,
-                    noise=noise,
-                    rng=rng,
-                    steps=steps,
-                    on_step=on_step,
-                )
-            with stage(profiler, "decode"), noting(f"while decoding chunk {autoregressive_index}"):
+                output, state = model.generate(index, cache.transformer_cache, encoded, rng=rng, **sampling)
+            with stage(profiler, "decode"), noting(f"while decoding chunk {index}"):
                 if decoder is not None:
-                    output = decoder(input=output, autoregressive_index=autoregressive_index, cache=cache.decoder_cache)
+                    output = decoder(input=output, autoregressive_index=index, cache=cache.decoder_cache)
             if finite:
-                check_finite(f"output of chunk {autoregressive_index}", output)
-        cache.autoregressive_index, cache.final_state = autoregressive_index, state
+                check_finite(f"output of chunk {index}", output)
+        cache.autoregressive_index, cache.final_state = index, state
         return output
 
     @torch.no_grad()
