@@ -121,16 +121,10 @@ class Rollout:
             self.pipeline.diffusion_model.scheduler_for(change.steps)
             self.steps = change.steps
         before = (self.prompt, self.negative_prompt, self.guidance_scale)
-        if change.prompt is not None:
-            self.prompt = change.prompt
-        elif self.prompt_at is not None:
-            asked = self.prompt_at(index)
-            self.prompt = self.prompt if asked is None else asked
-        if change.negative_prompt is not None:
-            self.negative_prompt = change.negative_prompt
-        if change.guidance_scale is not None:
-            self.guidance_scale = change.guidance_scale
-        after = (self.prompt, self.negative_prompt, self.guidance_scale)
+        asked = self.prompt_at(index) if change.prompt is None and self.prompt_at is not None else change.prompt
+        wanted = (asked, change.negative_prompt, change.guidance_scale)
+        after = tuple(old if new is None else new for old, new in zip(before, wanted, strict=True))
+        self.prompt, self.negative_prompt, self.guidance_scale = after
         if not all(_same(old, new) for old, new in zip(before[:2], after[:2], strict=True)):
             if self.decoder is not None and self.transformer.turns is not None:
                 self.decoder.drain()  # its weights leave the device while the text encoder has it
