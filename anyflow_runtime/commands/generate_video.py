@@ -22,6 +22,8 @@ from .clock import Clock
 from .generate_processes import Processes
 from .generate_request import GenerateRequest
 
+OPTIONS = ("device", "dtype", "backend", "steps", "offload", "compile", "match_diffusers_padding", "check_finite")
+
 
 class GeneratedVideo:
     """The video of a request. What is finished is kept whatever happens.
@@ -46,16 +48,9 @@ class GeneratedVideo:
                 _hide_loading_bars()
             pipeline: Any = open_pipeline(
                 request.model,
-                device=request.device,
-                dtype=request.dtype,
-                backend=request.backend,
-                steps=request.steps,
                 text=request.prompt is not None,
                 decode=self._together.first,
-                offload=request.offload,
-                compile=request.compile,
-                match_diffusers_padding=request.match_diffusers_padding,
-                check_finite=request.check_finite,
+                **{name: getattr(request, name) for name in OPTIONS},
             )
             if self._together.mesh is not None:
                 context_parallel(pipeline.diffusion_model.transformer.model, self._together.mesh, self._together.mode)
