@@ -266,10 +266,11 @@ def test_guidance_changes_only_where_there_was_some():
     """The cache of a rollout has two rows per video with guidance and one without."""
     guided = check_start({**START, "guidance": 3, "negative_prompt": " bad "}, LIMITS, PARTITION)
     assert (guided.guidance, guided.negative_prompt) == (3.0, "bad")
-    assert check_change({"guidance": 2.5}, LIMITS, guided).guidance == 2.5
+    assert check_change({"guidance": 2.5}, LIMITS, guided).guidance_scale == 2.5
     with pytest.raises(RequestError, match="guidance: got 1, expected above 1"):
         check_change({"guidance": 1}, LIMITS, guided)
-    assert check_change({"guidance": 1, "steps": 2}, LIMITS, check_start(START, LIMITS, PARTITION)).guidance is None
+    unguided = check_start(START, LIMITS, PARTITION)
+    assert check_change({"guidance": 1, "steps": 2}, LIMITS, unguided).guidance_scale is None
 
 
 def test_a_bidirectional_model_refuses_changes(gate):

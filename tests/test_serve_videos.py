@@ -21,7 +21,6 @@ from starlette.testclient import TestClient
 from anyflow_runtime.serving import engine
 from anyflow_runtime.serving.app import create_app
 from anyflow_runtime.serving.engine import StreamEngine
-from anyflow_runtime.serving.limits import Change as PageChange
 from anyflow_runtime.serving.limits import check_start
 from anyflow_runtime.serving.rollouts import Rollout
 from anyflow_runtime.serving.uploads import check_upload
@@ -100,8 +99,8 @@ def test_prompt_and_steps_change_from_the_next_chunk_on(models, pipe, monkeypatc
     def watched(index: int, *arguments: Any, **keywords: Any) -> torch.Tensor:
         generated.append(index)
         if index == 0:  # while the first chunk is made
-            rollout.change(PageChange(prompt="a blue whale"))
-            rollout.change(PageChange(steps=3))
+            rollout.change(Change(prompt="a blue whale"))
+            rollout.change(Change(steps=3))
         return denoise(index, *arguments, **keywords)
 
     monkeypatch.setattr(engine._pipeline, "denoise", watched)

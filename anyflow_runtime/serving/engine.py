@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..streaming import AnyFlowFARStream, StreamInferencePipeline, stream
-from ..streaming import Change as StreamChange
 from ..video_io import VideoWriter
 from .limits import Limits
 from .rollouts import Rollout
@@ -87,7 +86,7 @@ class StreamEngine:
                 self._pipeline,
                 prompt,
                 negative_prompt=request.negative_prompt,
-                guidance_scale=wish.guidance or request.guidance,
+                guidance_scale=wish.guidance_scale or request.guidance,
                 chunk_partition=request.chunks,
                 steps=steps,
                 seed=request.seed,
@@ -111,13 +110,10 @@ class StreamEngine:
                 if rollout.stopping:
                     break
                 begin = time.perf_counter()
-                if index == 0:
-                    pixels = _pixels(next(chunks), self._zoom)
-                else:
-                    wish = rollout.take_change()
-                    prompt, steps = wish.prompt or prompt, wish.steps or steps
-                    change = StreamChange(prompt=wish.prompt, steps=wish.steps, guidance_scale=wish.guidance)
-                    pixels = _pixels(chunks.send(change), self._zoom)
+                change = rollout.take_change() if index > 0 else None
+                if change is not None:
+                    prompt, steps = change.prompt or prompt, change.steps or steps
+                pixels = _pixels(chunks.send(change), self._zoom)
                 message = {
                     "type": "chunk",
                     "index": index,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..causal_time import context_lengths, partition_for, total_latent_frames, total_pixel_frames
+from ..streaming import Change
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -100,15 +101,6 @@ class RolloutRequest:
         return total_pixel_frames(sum(self.chunks), self.temporal_ratio)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What is different from the next chunk on; None leaves it as it is."""
-
-    prompt: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-
-
 def check_start(
     message: Mapping[str, Any],
     limits: Limits,
@@ -178,7 +170,7 @@ def check_change(message: Mapping[str, Any], limits: Limits, request: RolloutReq
     if guidance is not None and (guidance > 1) != (request.guidance > 1):
         expected = "above 1, as the video began with guidance" if request.guidance > 1 else "1, as the video began"
         raise RequestError(f"guidance: got {guidance:g}, expected {expected}")
-    return Change(prompt=prompt, steps=steps, guidance=guidance if request.guidance > 1 else None)
+    return Change(prompt=prompt, steps=steps, guidance_scale=guidance if request.guidance > 1 else None)
 
 
 def _context(

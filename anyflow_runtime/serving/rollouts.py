@@ -6,10 +6,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from ..streaming import Change
 from .errors import RequestError
-from .limits import Change, RolloutRequest
+from .limits import RolloutRequest
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +45,8 @@ class Rollout:
     def change(self, change: Change) -> None:
         """Go on differently from the next chunk on; of several changes to one setting the last counts."""
         with self._lock:
-            before = self._change
-            self._change = Change(
-                prompt=before.prompt if change.prompt is None else change.prompt,
-                steps=before.steps if change.steps is None else change.steps,
-                guidance=before.guidance if change.guidance is None else change.guidance,
-            )
+            new = {name: value for name, value in vars(change).items() if value is not None}
+            self._change = replace(self._change, **new)
 
     def take_change(self) -> Change:
         """What has changed since the last call."""
