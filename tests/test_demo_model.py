@@ -14,7 +14,7 @@ import torch
 
 from anyflow_runtime.cli import main
 from anyflow_runtime.streaming import PrintableConfig, preset, stream
-from anyflow_runtime.streaming.pixel_model import DEMO_MODEL, PixelModelIndex, pixel_encoder, pixel_pipeline, read_index
+from anyflow_runtime.streaming.pixel_model import DEMO_MODEL, PixelModelIndex, pixel_pipeline, read_index
 from anyflow_runtime.training.demo import any_step
 from anyflow_runtime.training.demo.demo_model import DemoModel
 from anyflow_runtime.training.demo.shapes import AMPLITUDE, parse_caption
@@ -85,7 +85,7 @@ def test_stream_makes_the_video_of_the_training_rollout(tmp_path: Path) -> None:
 def test_given_pixels_come_back(demo) -> None:
     """Encoder and decoder agree on the range of latents: the first frame of image-to-video is the image."""
     image = torch.rand(1, 1, 3, 16, 16)
-    latents = pixel_encoder(pixel_range="unit").setup()(image)
+    latents = demo.encode_video(image)
     assert torch.allclose(latents, image * AMPLITUDE, atol=1e-6)
     frames = next(stream(demo, CAPTION, steps=1, seed=0, context_latents=latents))
     assert torch.allclose((frames + 1) / 2, image, atol=1e-6)

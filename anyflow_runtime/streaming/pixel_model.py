@@ -103,8 +103,3 @@ def pixel_pipeline(
         decoder=PixelDecoderConfig(latent_range=index.latent_range),
         video_encoder=PixelEncoderConfig(latent_range=index.latent_range, pixel_range="unit"),
     )
-
-
-def pixel_encoder(path: str | os.PathLike[str] = DEMO_MODEL, pixel_range: str = "signed") -> PixelEncoderConfig:
-    """The config of the encoder that makes given frames latents of that model."""
-    return PixelEncoderConfig(latent_range=read_index(path).latent_range, pixel_range=pixel_range)
