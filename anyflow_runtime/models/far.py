@@ -81,10 +81,15 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         self._build(locals())
         full, patch = self.patch_embedding, compressed_patch_size
         self.far_patch_embedding = nn.Conv3d(full.in_channels, full.out_channels, patch, patch)
-        with torch.no_grad():
-            self.far_patch_embedding.weight.copy_(warm_start_compressed_weight(full.weight, patch))
-            self.far_patch_embedding.bias.copy_(full.bias)  # type: ignore[union-attr]
+        self.warm_start_compressed()
         self._init_runtime(backend, phantom_padding)
+
+    @torch.no_grad()
+    def warm_start_compressed(self) -> None:
+        """Start the compressed patch embedding as the full one, resized."""
+        full, compressed = self.patch_embedding, self.far_patch_embedding
+        compressed.weight.copy_(warm_start_compressed_weight(full.weight, compressed.kernel_size))
+        compressed.bias.copy_(full.bias)  # type: ignore[union-attr]
 
     def layout(
         self,

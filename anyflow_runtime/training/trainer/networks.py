@@ -17,7 +17,6 @@ from ...checkpoints import from_research, read_checkpoint
 from ...encoders.words import WordEncoder
 from ...models import MODELS, AnyFlowFARTransformer3DModel, AnyFlowModel, AnyFlowTransformer3DModel
 from ...models.config import read_config
-from ...models.parameters import warm_start_compressed_weight
 from .. import distributed
 from ..config import ModelSettings, TrainConfig
 from ..demo.demo_model import TEXT_FOLDER, TRANSFORMER, DemoModel, demo_text_encoder, save_pixel_parts
@@ -181,10 +180,7 @@ def from_base(directory: Path, stored: dict[str, Any], model_class: Any, changes
     model.load_state_dict(state, strict=False)
     copy_time_embedder(model)
     if hasattr(model, "far_patch_embedding"):
-        full, far = model.patch_embedding, model.far_patch_embedding
-        with torch.no_grad():
-            far.weight.copy_(warm_start_compressed_weight(full.weight, tuple(far.kernel_size)))
-            far.bias.copy_(full.bias)
+        model.warm_start_compressed()
     return model
 
 
