@@ -295,11 +295,6 @@ class AttentionPlan:
         return cls(num_queries, num_keys, ((0, num_queries, ((0, num_keys),)),), phantom_keys)
 
     @property
-    def is_dense(self) -> bool:
-        """True if every query sees every key."""
-        return all(keys == ((0, self.num_keys),) for _, _, keys in self.ranges)
-
-    @property
     def num_pairs(self) -> int:
         """Visible (query, key) pairs: the work of attention is 4 * num_pairs * head_dim FLOPs per head."""
         return sum((q_end - q_start) * sum(b - a for a, b in keys) for q_start, q_end, keys in self.ranges)
