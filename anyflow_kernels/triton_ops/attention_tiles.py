@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile_schedule import END, HEAD, MERGE, SLOT, SLOTS, START, Schedule
+from ..launch_configs import AttentionConfig, attention_programs
+from .tile_schedule import END, HEAD, MERGE, SLOT, SLOTS, START, Schedule, query_schedule
 
 LN2 = tl.constexpr(math.log(2.0))
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
@@ -110,6 +113,29 @@ def _far_attention_merge_kernel(
 
 
 MERGE_ROWS = 16  # a warp per few rows: short programs that fill the GPU
+
+
+def scheduled(
+    q: Tensor, flat: tuple[int, ...], phantom_keys: int, config: AttentionConfig, launch: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a forward; `launch(programs, *memory)` runs its kernel, unless there are no queries.
+
+    The memory is out, lse, the partial results and their lse, and the schedule's starts, items and ranges.
+    """
+    batch, num_queries, heads, head_dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    programs = attention_programs(q.device, config)
+    sizes = (batch * heads, config.block_m, config.block_n, programs, config.split_cost)
+    schedule = query_schedule(flat, *sizes, phantom_keys, q.device)
+    partial = q.new_empty(schedule.slots, config.block_m, head_dim, dtype=torch.float32)
+    partial_lse = q.new_empty(schedule.slots, config.block_m, dtype=torch.float32)
+    tables = (schedule.starts, schedule.items, schedule.ranges)
+    launch(schedule.programs, out, lse, partial, partial_lse, *tables)
+    merge(out, lse, partial, partial_lse, schedule, config.block_m)
+    return out, lse
 
 
 def merge(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedule: Schedule, block_m: int) -> None:

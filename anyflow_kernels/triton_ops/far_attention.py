@@ -21,20 +21,8 @@ from torch import Tensor
 from .. import launch_configs
 from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
-from .attention_tiles import LN2, describable, describe, load_rows, merge, row_strides, softmax_step
-from .tile_schedule import (
-    END,
-    FIRST_RANGE,
-    HEAD,
-    ITEM,
-    PHANTOM_KEYS,
-    RANGES,
-    SLOT,
-    START,
-    decode,
-    encode,
-    query_schedule,
-)
+from .attention_tiles import LN2, describable, describe, load_rows, row_strides, scheduled, softmax_step
+from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, decode, encode
 
 
 # Lengths are not specialised: one that happens to be a multiple of 16 would compile the kernel again mid-rollout.
@@ -174,52 +162,32 @@ def launch_forward(
     config: AttentionConfig,
 ) -> tuple[Tensor, Tensor]:
     """Allocate and launch with the given parameters; (out, lse) as the operator returns them."""
-    batch, num_queries, heads, head_dim = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    schedule = query_schedule(
-        flat,
-        batch * heads,
-        config.block_m,
-        config.block_n,
-        launch_configs.attention_programs(q.device, config),
-        config.split_cost,
-        phantom_keys,
-        q.device,
-    )
-    partial = q.new_empty(schedule.slots, config.block_m, head_dim, dtype=torch.float32)
-    partial_lse = q.new_empty(schedule.slots, config.block_m, dtype=torch.float32)
-    block_d = triton.next_power_of_2(max(head_dim, 16))
-    rows = (config.block_m, config.block_n, config.block_n)
-    inputs = [describe(x, n, block_d) if config.descriptors else x for x, n in zip((q, k, v), rows, strict=True)]
-    _far_attention_forward_kernel[(schedule.programs,)](
-        *inputs,
-        out,
-        lse,
-        partial,
-        partial_lse,
-        schedule.starts,
-        schedule.items,
-        schedule.ranges,
-        *row_strides(q),
-        *row_strides(k),
-        *row_strides(v),
-        heads,
-        num_queries,
-        scale / LN2.value,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        DESCRIPTORS=config.descriptors,
-        PRECISION=config.precision,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    merge(out, lse, partial, partial_lse, schedule, config.block_m)
-    return out, lse
+    _, num_queries, heads, head_dim = q.shape
+
+    def launch(programs: int, *memory: Tensor) -> None:
+        block_d = triton.next_power_of_2(max(head_dim, 16))
+        rows = (config.block_m, config.block_n, config.block_n)
+        inputs = [describe(x, n, block_d) if config.descriptors else x for x, n in zip((q, k, v), rows, strict=True)]
+        _far_attention_forward_kernel[(programs,)](
+            *inputs,
+            *memory,
+            *row_strides(q),
+            *row_strides(k),
+            *row_strides(v),
+            heads,
+            num_queries,
+            scale / LN2.value,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            DESCRIPTORS=config.descriptors,
+            PRECISION=config.precision,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    return scheduled(q, flat, phantom_keys, config, launch)
 
 
 def flops(plan: AttentionPlan, batch: int, heads: int, head_dim: int, backward: bool = False) -> int:

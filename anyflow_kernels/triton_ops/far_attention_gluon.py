@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -30,8 +29,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .. import launch_configs
 from ..aot_case import MODELS, AotCase
 from ..launch_configs import AttentionConfig, rows_for
-from .attention_tiles import LN2, describable, merge, row_strides
-from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, Runs, decode, query_schedule
+from .attention_tiles import LN2, describable, row_strides, scheduled
+from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, Runs, decode
 
 ROWS = gl.constexpr(64)  # queries of a warpgroup: one wgmma is 64 rows high
 
@@ -264,37 +263,24 @@ def launch_gluon(
         raise ValueError(
             f"q, k, v, plan: expected head_dim {config.head_dim}, TMA strides, ranges >= {config.block_n} keys"
         )
-    batch, num_queries, heads, head_dim = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    programs = launch_configs.attention_programs(q.device, config)
-    sizes = (batch * heads, config.block_m, config.block_n, programs, config.split_cost)
-    schedule = query_schedule(flat, *sizes, phantom_keys, q.device)
-    partial = q.new_empty(schedule.slots, config.block_m, head_dim, dtype=torch.float32)
-    partial_lse = q.new_empty(schedule.slots, config.block_m, dtype=torch.float32)
-    _far_attention_gluon_kernel[(schedule.programs,)](
-        _describe(q, ROWS.value),
-        _describe(k, config.block_n),
-        _describe(v, config.block_n),
-        out,
-        lse,
-        partial,
-        partial_lse,
-        schedule.starts,
-        schedule.items,
-        schedule.ranges,
-        heads,
-        num_queries,
-        scale / LN2.value,
-        HEAD_DIM=head_dim,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
-    merge(out, lse, partial, partial_lse, schedule, config.block_m)
-    return out, lse
+    _, num_queries, heads, head_dim = q.shape
+
+    def launch(programs: int, *memory: Tensor) -> None:
+        _far_attention_gluon_kernel[(programs,)](
+            _describe(q, ROWS.value),
+            _describe(k, config.block_n),
+            _describe(v, config.block_n),
+            *memory,
+            heads,
+            num_queries,
+            scale / LN2.value,
+            HEAD_DIM=head_dim,
+            BLOCK_N=config.block_n,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+
+    return scheduled(q, flat, phantom_keys, config, launch)
 
 
 def _layout() -> Any:
