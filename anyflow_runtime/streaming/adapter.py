@@ -269,6 +269,13 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         r_timestep: Tensor | None = None,
     ) -> GuidedFlow:
         """As `predict_flow`, with the guidance left to the sampler's step."""
+        self.no_input(input)
+        t = per_frame(timestep, noisy_latent)
+        r = t if r_timestep is None else per_frame(r_timestep, noisy_latent)
+        return self.flow_of_frames(noisy_latent, t, r, cache)
+
+    def flow_of_frames(self, x: Tensor, t: Tensor, r: Tensor, cache: TransformerCacheT) -> GuidedFlow:
+        """`guided_flow` from t to r, (B, T) each in fp32."""
         raise NotImplementedError(f"{type(self).__name__} has neither guided_flow nor a predict_flow of its own")
 
     def guided_velocity(self, network: Callable[..., Tensor], condition: Condition, *inputs: Tensor) -> Tensor:
@@ -314,6 +321,11 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         """Raise ValueError for a per-chunk input: these models take none."""
         if input is not None:
             raise ValueError(f"input: got {type(input).__name__}, expected None: AnyFlow takes no input per chunk")
+
+
+def per_frame(timestep: Tensor, latents: Tensor) -> Tensor:
+    """A timestep in fp32 for each frame of latents (B, T, C, H, W)."""
+    return timestep.float().expand(latents.shape[:2])
 
 
 def check_partition(partition: Any) -> tuple[int, ...]:

@@ -110,28 +110,18 @@ class AnyFlowBidirectionalStream(AnyFlowStream[AnyFlowBidirectionalStreamCache])
         """(B, F, C, H, W) of the video."""
         return cache.latent_shape
 
-    def guided_flow(
-        self,
-        noisy_latent: Tensor,
-        timestep: Tensor,
-        cache: AnyFlowBidirectionalStreamCache,
-        input: Any = None,
-        r_timestep: Tensor | None = None,
-    ) -> GuidedFlow:
+    def flow_of_frames(self, x: Tensor, t: Tensor, r: Tensor, cache: AnyFlowBidirectionalStreamCache) -> GuidedFlow:
         """The average velocity of all frames; given frames enter clean, at t = 0 with r unchanged."""
-        self.no_input(input)
-        condition, shape = cache.condition, noisy_latent.shape[:2]
-        t = timestep.float().expand(shape)
-        r = t if r_timestep is None else r_timestep.float().expand(shape)
+        condition = cache.condition
         if cache.prefix is not None:
             frames = cache.prefix.shape[1]
             t = torch.cat([torch.zeros_like(t[:, :frames]), t[:, frames:]], dim=1)
-            noisy_latent = torch.cat([cache.prefix, noisy_latent[:, frames:]], dim=1)
+            x = torch.cat([cache.prefix, x[:, frames:]], dim=1)
 
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.model(x, t, r, condition.text, condition.image).sample
 
-        return self._on_rows(network, condition, noisy_latent, t, r)
+        return self._on_rows(network, condition, x, t, r)
 
     def finalize_kv_cache(
         self, noisy_latent: Tensor, timestep: Tensor, cache: AnyFlowBidirectionalStreamCache, input: Any = None

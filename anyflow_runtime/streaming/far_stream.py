@@ -21,7 +21,7 @@ from ..errors import LifecycleError
 from ..models.cache import FarCache
 from ..models.far import AnyFlowFARTransformer3DModel
 from ..schedulers.base import GuidedFlow
-from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition
+from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition, per_frame
 from .transformer import TransformerAutoregressiveCache
 
 
@@ -218,26 +218,15 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
             )
         cache.condition = condition
 
-    def guided_flow(
-        self,
-        noisy_latent: Tensor,
-        timestep: Tensor,
-        cache: AnyFlowFARStreamCache,
-        input: Any = None,
-        r_timestep: Tensor | None = None,
-    ) -> GuidedFlow:
+    def flow_of_frames(self, x: Tensor, t: Tensor, r: Tensor, cache: AnyFlowFARStreamCache) -> GuidedFlow:
         """The average velocity of the current chunk; see `AnyFlowStream.predict_flow`."""
-        self.no_input(input)
         condition, far = cache.condition, cache.far
-        partition = (*(chunk.frames for chunk in cache.finished), noisy_latent.shape[1])
-        times = [
-            self._per_frame(value, noisy_latent) for value in (timestep, timestep if r_timestep is None else r_timestep)
-        ]
+        partition = (*(chunk.frames for chunk in cache.finished), x.shape[1])
 
         def network(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.model(x, t, r, condition.text, partition, condition.image, kv_cache=far).sample
 
-        return self._on_rows(network, condition, noisy_latent, *times)
+        return self._on_rows(network, condition, x, t, r)
 
     def finalize_kv_cache(
         self, noisy_latent: Tensor, timestep: Tensor, cache: AnyFlowFARStreamCache, input: Any = None
@@ -261,7 +250,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         condition = cache.condition
         cache.encoded = None
         latents = condition.rows(torch.cat([chunk.latents for chunk in chunks], dim=1))
-        times = condition.rows(torch.cat([self._per_frame(chunk.timestep, chunk.latents) for chunk in chunks], dim=1))
+        times = condition.rows(torch.cat([per_frame(chunk.timestep, chunk.latents) for chunk in chunks], dim=1))
         partition = tuple(chunk.frames for chunk in chunks)
         self.model(
             latents,
@@ -280,10 +269,6 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         if limit is None or len(chunks) <= limit:
             return chunks
         return chunks[:sink] + chunks[len(chunks) - (limit - sink) :]
-
-    @staticmethod
-    def _per_frame(timestep: Tensor, latents: Tensor) -> Tensor:
-        return timestep.float().expand(latents.shape[0], latents.shape[1])
 
 
 def _covered_chunks(frames: int, partition: tuple[int, ...], endless: bool) -> list[int]:
