@@ -115,6 +115,18 @@ def _far_attention_merge_kernel(
 MERGE_ROWS = 16  # a warp per few rows: short programs that fill the GPU
 
 
+def constants(config: AttentionConfig, head_dim: int) -> dict[str, Any]:
+    """What the forward and the backward kernels are compiled for."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(max(head_dim, 16)),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "DESCRIPTORS": config.descriptors,
+        "PRECISION": config.precision,
+    }
+
+
 def scheduled(
     q: Tensor, flat: tuple[int, ...], phantom_keys: int, config: AttentionConfig, launch: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:

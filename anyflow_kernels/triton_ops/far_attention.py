@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import launch_configs
 from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
-from .attention_tiles import LN2, describable, describe, load_rows, row_strides, scheduled, softmax_step
+from .attention_tiles import LN2, constants, describable, describe, load_rows, row_strides, scheduled, softmax_step
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, decode, encode
 
 
@@ -177,12 +177,7 @@ def launch_forward(
             heads,
             num_queries,
             scale / LN2.value,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            DESCRIPTORS=config.descriptors,
-            PRECISION=config.precision,
+            **constants(config, head_dim),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import launch_configs
 from ..launch_configs import AttentionConfig, attention_row
-from .attention_tiles import LN2, LOG2E, describable, describe, dot, load_rows, row_strides
+from .attention_tiles import LN2, LOG2E, constants, describable, describe, dot, load_rows, row_strides
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule, key_schedule, query_schedule
 
 
@@ -283,12 +283,7 @@ def launch_backward(
             *lengths,
             scale,
             scale / LN2.value,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            DESCRIPTORS=config.descriptors,
-            PRECISION=config.precision,
+            **constants(config, head_dim),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

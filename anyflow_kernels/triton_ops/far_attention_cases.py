@@ -10,7 +10,7 @@ import triton
 from .. import launch_configs
 from ..aot_case import MODELS, AotCase
 from ..launch_configs import AttentionConfig, attention_row, rows_for
-from .attention_tiles import MERGE_ROWS, _far_attention_merge_kernel
+from .attention_tiles import MERGE_ROWS, _far_attention_merge_kernel, constants
 from .far_attention import _far_attention_forward_kernel
 from .far_attention_backward import (
     DELTA_ROWS,
@@ -39,19 +39,11 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
         return "fp32" if name.startswith("scale") else "i32"
 
     names = kernel.arg_names
-    constexprs = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "DESCRIPTORS": config.descriptors,
-        "PRECISION": config.precision,
-    }
     return AotCase(
         kernel,
         shape,
         {name: argument(name) for name in names if not name.isupper()},
-        {name: value for name, value in constexprs.items() if name in names},
+        {name: value for name, value in constants(config, head_dim).items() if name in names},
         config.num_warps,
         config.num_stages,
         tensor_cores=True,
