@@ -71,6 +71,18 @@ def argument_types(
     return types
 
 
-def stride_names(kernel: Any, absent: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of a kernel's stride arguments, multiples of 16 at the released models' shapes."""
-    return tuple(p.name for p in kernel.params if "_stride_" in p.name and p.name not in absent)
+def bf16_case(
+    kernel: Any,
+    shape: str,
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    fp32: Sequence[str] = (),
+    absent: Sequence[str] = (),
+) -> AotCase:
+    """A kernel of bf16 tensors, `fp32` and `absent` as in `argument_types`; absent ones are None.
+
+    Its stride arguments are multiples of 16 at the released models' shapes.
+    """
+    types = argument_types(kernel, "bf16", fp32, absent)
+    divisible = tuple(p.name for p in kernel.params if "_stride_" in p.name)
+    return AotCase(kernel, shape, types, {**constexprs, **dict.fromkeys(absent)}, num_warps, divisible=divisible)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types, stride_names
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, row_tile
 from ..operations import FrameMap
 from .frame_tiles import RUNS, check_dtype, count_tiles, dense_rows, locate_tile, run_groups, strides_2d
@@ -250,25 +250,13 @@ _USES = {
 
 def aot_cases(arch: int) -> list[AotCase]:
     """The four uses in a block of each released model."""
-    cases = []
+    fp32, cases = ("gate_ptr", "shift_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "eps"), []
     for model, size in MODELS.items():
         width = size["dim"]
         tile = row_tile("gated_residual_layer_norm", arch, width)
-        for use, absent in _USES.items():
-            constexprs = {"D": width, "ROWS": tile.rows, "BLOCK_D": triton.next_power_of_2(width)}
-            cases.append(
-                AotCase(
-                    _gated_residual_layer_norm_kernel,
-                    f"{model} {use}",
-                    argument_types(
-                        _gated_residual_layer_norm_kernel,
-                        "bf16",
-                        fp32=("gate_ptr", "shift_ptr", "scale_ptr", "weight_ptr", "bias_ptr", "eps"),
-                        absent=absent,
-                    ),
-                    constexprs | dict.fromkeys(absent),
-                    num_warps=tile.num_warps,
-                    divisible=stride_names(_gated_residual_layer_norm_kernel),
-                )
-            )
+        constexprs = {"D": width, "ROWS": tile.rows, "BLOCK_D": triton.next_power_of_2(width)}
+        cases += [
+            bf16_case(_gated_residual_layer_norm_kernel, f"{model} {use}", constexprs, tile.num_warps, fp32, absent)
+            for use, absent in _USES.items()
+        ]
     return cases

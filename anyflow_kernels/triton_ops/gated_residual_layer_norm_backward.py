@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types, stride_names
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, row_tile
 from .frame_tiles import RUNS, count_tiles, dense_rows, locate_tile, run_groups, strides_2d, sum_all, sum_tiles
 
@@ -263,17 +263,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         tile = row_tile("gated_residual_layer_norm_backward", arch, width)
         for use, missing in _USES.items():
             absent = missing if use == "gated + affine" else missing + _AFFINE
+            kernel, name = _gated_residual_layer_norm_backward_kernel, f"{model} {use}"
             constexprs = {"D": width, "GROUP": tile.rows, "BLOCK_D": triton.next_power_of_2(width)}
-            cases.append(
-                AotCase(
-                    _gated_residual_layer_norm_backward_kernel,
-                    f"{model} {use}",
-                    argument_types(
-                        _gated_residual_layer_norm_backward_kernel, "bf16", fp32=(*fp32, "eps"), absent=absent
-                    ),
-                    constexprs | dict.fromkeys(absent),
-                    num_warps=tile.num_warps,
-                    divisible=stride_names(_gated_residual_layer_norm_backward_kernel),
-                )
-            )
+            cases.append(bf16_case(kernel, name, constexprs, tile.num_warps, (*fp32, "eps"), absent))
     return cases

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, element_tile, linear_gelu_way
 from .frame_tiles import check_dtype, sum_all
 
@@ -177,20 +177,9 @@ def aot_cases(arch: int) -> list[AotCase]:
     cases = []
     for model, size in MODELS.items():
         forward, backward = element_tile("bias_gelu", arch), element_tile("bias_gelu_backward", arch)
-        cases += [
-            AotCase(
-                _bias_gelu_kernel,
-                f"{model} FFN",
-                argument_types(_bias_gelu_kernel, "bf16"),
-                {"N": size["ffn"], "ROWS": forward.rows, "BLOCK_N": forward.columns},
-                num_warps=forward.num_warps,
-            ),
-            AotCase(
-                _bias_gelu_backward_kernel,
-                f"{model} FFN",
-                argument_types(_bias_gelu_backward_kernel, "bf16", fp32=("dbias_ptr",)),
-                {"N": size["ffn"], "GROUP": backward.group, "ROWS": backward.rows, "BLOCK_N": backward.columns},
-                num_warps=backward.num_warps,
-            ),
-        ]
+        name = f"{model} FFN"
+        constexprs = {"N": size["ffn"], "ROWS": forward.rows, "BLOCK_N": forward.columns}
+        cases.append(bf16_case(_bias_gelu_kernel, name, constexprs, forward.num_warps))
+        constexprs = {"N": size["ffn"], "GROUP": backward.group, "ROWS": backward.rows, "BLOCK_N": backward.columns}
+        cases.append(bf16_case(_bias_gelu_backward_kernel, name, constexprs, backward.num_warps, ("dbias_ptr",)))
     return cases

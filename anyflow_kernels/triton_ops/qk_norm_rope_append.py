@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types, stride_names
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, row_tile
 from .frame_tiles import check_dtype, dense_rows
 from .qk_norm_rope_append_backward import backward
@@ -241,25 +241,14 @@ def aot_cases(arch: int) -> list[AotCase]:
     for model, size in MODELS.items():
         heads, head_dim = size["heads"], size["head_dim"]
         tile = row_tile("qk_norm_rope_append", arch, size["dim"])
-        cases.append(
-            AotCase(
-                _qk_norm_rope_append_kernel,
-                f"{model} chunk",
-                argument_types(
-                    _qk_norm_rope_append_kernel,
-                    "bf16",
-                    fp32=("cos_ptr", "sin_ptr", "eps"),
-                ),
-                {
-                    "k_stride_c": 1,
-                    "v_stride_c": 1,
-                    "HEADS": heads,
-                    "HEAD_DIM": head_dim,
-                    "BLOCK_H": triton.next_power_of_2(heads),
-                    "BLOCK_C": triton.next_power_of_2(head_dim),
-                },
-                num_warps=tile.num_warps,
-                divisible=stride_names(_qk_norm_rope_append_kernel),
-            )
-        )
+        constexprs = {
+            "k_stride_c": 1,
+            "v_stride_c": 1,
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_H": triton.next_power_of_2(heads),
+            "BLOCK_C": triton.next_power_of_2(head_dim),
+        }
+        kernel, fp32 = _qk_norm_rope_append_kernel, ("cos_ptr", "sin_ptr", "eps")
+        cases.append(bf16_case(kernel, f"{model} chunk", constexprs, tile.num_warps, fp32))
     return cases

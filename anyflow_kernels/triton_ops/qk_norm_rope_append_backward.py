@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types, stride_names
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, row_tile
 from .frame_tiles import dense_rows, sum_all
 
@@ -220,9 +220,6 @@ def aot_cases(arch: int) -> list[AotCase]:
     cases = []
     for model, size in MODELS.items():
         tile = row_tile("qk_norm_rope_append_backward", arch, size["dim"])
-        types = argument_types(
-            _qk_norm_rope_backward_kernel, "bf16", fp32=("cos_ptr", "sin_ptr", "eps", "dq_weight_ptr", "dk_weight_ptr")
-        )
         constexprs = {
             "HEADS": size["heads"],
             "HEAD_DIM": size["head_dim"],
@@ -230,14 +227,6 @@ def aot_cases(arch: int) -> list[AotCase]:
             "BLOCK_H": triton.next_power_of_2(size["heads"]),
             "BLOCK_C": triton.next_power_of_2(size["head_dim"]),
         }
-        cases.append(
-            AotCase(
-                _qk_norm_rope_backward_kernel,
-                f"{model} training",
-                types,
-                constexprs,
-                num_warps=tile.num_warps,
-                divisible=stride_names(_qk_norm_rope_backward_kernel),
-            )
-        )
+        kernel, fp32 = _qk_norm_rope_backward_kernel, ("cos_ptr", "sin_ptr", "eps", "dq_weight_ptr", "dk_weight_ptr")
+        cases.append(bf16_case(kernel, f"{model} training", constexprs, tile.num_warps, fp32))
     return cases

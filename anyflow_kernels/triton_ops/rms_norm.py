@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aot_case import MODELS, AotCase, argument_types, stride_names
+from ..aot_case import MODELS, AotCase, bf16_case
 from ..launch_configs import architecture, row_tile
 from .frame_tiles import check_dtype, dense_rows, sum_all
 
@@ -173,22 +173,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         width = size["dim"]
         block = {"D": width, "BLOCK_D": triton.next_power_of_2(width)}
         forward, backward = row_tile("rms_norm", arch, width), row_tile("rms_norm_backward", arch, width)
+        name, sums = f"{model} cross-attention", ("eps", "dweight_ptr")
         cases += [
-            AotCase(
-                _rms_norm_kernel,
-                f"{model} cross-attention",
-                argument_types(_rms_norm_kernel, "bf16", fp32=("eps",)),
-                block | {"ROWS": forward.rows},
-                num_warps=forward.num_warps,
-                divisible=stride_names(_rms_norm_kernel),
-            ),
-            AotCase(
-                _rms_norm_backward_kernel,
-                f"{model} cross-attention",
-                argument_types(_rms_norm_backward_kernel, "bf16", fp32=("eps", "dweight_ptr")),
-                block | {"GROUP": backward.rows},
-                num_warps=backward.num_warps,
-                divisible=stride_names(_rms_norm_backward_kernel),
-            ),
+            bf16_case(_rms_norm_kernel, name, block | {"ROWS": forward.rows}, forward.num_warps, ("eps",)),
+            bf16_case(_rms_norm_backward_kernel, name, block | {"GROUP": backward.rows}, backward.num_warps, sums),
         ]
     return cases
