@@ -85,9 +85,8 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         Raises:
             ValueError: on shapes that do not fit.
         """
-        check_video(
-            self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
-        )
+        prompt = (encoder_hidden_states, encoder_hidden_states_image)
+        check_video(self.config, hidden_states, timestep, r_timestep, *prompt)
         check_parallel(self, hidden_states)
         frames = hidden_states.shape[1]
         check_frame_count(hidden_states, timestep, frames, "the video")
@@ -102,7 +101,7 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
             times=times,
             rope=self._rotary(layout.segments, x.device, times.dtype),
             plan=AttentionPlan.from_layout(layout),
-            prompt=PromptKeys(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image),
+            prompt=PromptKeys(self.condition_embedder, *prompt),
         )
         sample = self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
         return TransformerOutput(sample) if return_dict else (sample,)

@@ -175,13 +175,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         Raises:
             ValueError: on shapes that do not fit, or chunks that do not continue the cache.
         """
-        check_video(
-            self.config, hidden_states, timestep, r_timestep, encoder_hidden_states, encoder_hidden_states_image
-        )
+        prompt = (encoder_hidden_states, encoder_hidden_states_image)
+        check_video(self.config, hidden_states, timestep, r_timestep, *prompt)
         check_parallel(self, hidden_states)
         partition = tuple(chunk_partition)
         expect(len(partition) > 0, "chunk_partition", partition, "at least one chunk")
-        prompt = (encoder_hidden_states, encoder_hidden_states_image)
         if kv_cache is None:
             clean = (clean_hidden_states, clean_timestep)
             velocity = self._train(hidden_states, timestep, r_timestep, prompt, partition, *clean)
@@ -218,9 +216,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
             ValueError: on shapes that do not fit.
         """
         times = torch.zeros(2, *latents.shape[:2])  # on the CPU: embedded once per rollout
-        check_video(self.config, latents, times[0], times[1], encoder_hidden_states, encoder_hidden_states_image)
-        check_cache(self, cache, latents)
         prompt = (encoder_hidden_states, encoder_hidden_states_image)
+        check_video(self.config, latents, times[0], times[1], *prompt)
+        check_cache(self, cache, latents)
         self._keep_pending(cache, latents, times, prompt, tuple(chunk_partition))
         self.encode_pending(cache)
 
