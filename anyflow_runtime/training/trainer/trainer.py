@@ -125,10 +125,8 @@ class _Run:
         return self.out / f"phase-{index}-{self.config.phases[index].objective}"
 
     def _ends_phase(self, done: int) -> bool:
-        return done > 0 and self.config.phase_at(done - 1)[1] + 1 == self._phase_of(done - 1).iterations
-
-    def _phase_of(self, step: int) -> Any:
-        return self.config.phases[self.config.phase_at(step)[0]]
+        index, local = self.config.phase_at(max(0, done - 1))
+        return done > 0 and local + 1 == self.config.phases[index].iterations
 
     def _claim_directory(self, content: dict[str, Any] | None) -> None:
         own = config_to_dict(self.config)
