@@ -1,7 +1,8 @@
 """Pictures and videos in and out: `read_image`, `read_video`, and `VideoWriter`, which writes while frames arrive.
 
 Frames are RGB, `(C, H, W)` or `(T, C, H, W)`; floats in [0, 1] unless stated. PyAV and Pillow are imported on first
-use (`pip install 'anyflow-kernels[video]'`).
+use (`pip install 'anyflow-kernels[video]'`). Reading and writing are one room: they share formats, colours and errors,
+and the writer tests what it has written by reading it.
 """
 
 from __future__ import annotations
