@@ -222,6 +222,18 @@ def test_a_moved_model_keeps_no_memory(model: Any) -> None:
     assert not model.to(torch.float64).idle_workspaces._idle
 
 
+def test_weights_that_went_and_came_back_are_captured_anew(model: Any) -> None:
+    """In the middle of a rollout, as offloading moves them, and even to where the first of them has been."""
+    model.cuda_graphs = True
+    cache = FarCache.for_model(model, [1], 8, 8)
+    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    for moved, captures in ((False, 0), (False, 1), (False, 1), (True, 1), (False, 2)):
+        if moved:
+            model._apply(lambda weight: weight)
+        model(x, time, time, text, [1], kv_cache=cache)
+        assert cache.graphs.captures == captures
+
+
 def test_finished_chunks_are_forgotten() -> None:
     """An endless rollout meets a new key per chunk: graphs may not pile up."""
     graphs, x = StepGraphs(record), torch.ones(2)

@@ -295,7 +295,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         if not capture:
             return step(latents, rt, times)
         # The layout names the kernels' shapes, the rest the memory they touch.
-        addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr())
+        addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr(), self.idle_workspaces.generation)
         key = (layout, present, addresses, self.ops.backend, self.phantom_padding)
         return cache.graphs.run(key, step, latents, rt, times, reads=(slabs, rope))
 

@@ -74,6 +74,7 @@ class IdleWorkspaces:
     """
 
     def __init__(self) -> None:
+        self.generation = 0  # of the addresses of the weights: what was captured before is worthless after
         self._idle: deque[Workspace] = deque(maxlen=1)
         self._used: set[int] = set()
 
@@ -118,6 +119,7 @@ class IdleWorkspaces:
     def clear(self) -> None:
         """Keep nothing."""
         self._idle.clear()
+        self.generation += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdleWorkspaces:
         return IdleWorkspaces()  # a copy of a model has other weights, and a graph cannot be copied
