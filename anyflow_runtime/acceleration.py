@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
+import weakref
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def accelerate(
     kind = type(scheduler)
     if kind.__name__ == _SCHEDULER and kind.__module__.startswith("diffusers."):
         scheduler.__class__ = kind if kind in _MERGED.values() else _merged_scheduler(kind)
-        scheduler.kernels = transformer.ops
+        scheduler._transformer = weakref.ref(transformer)  # a pipeline may drop its transformer for its memory
     for block in transformer.blocks:
         vars(block).pop("_compiled_call_impl", None)
         if compile:
@@ -83,7 +84,7 @@ def restore(pipe: Pipeline) -> Pipeline:
     scheduler: Any = getattr(pipe, "scheduler", None)
     if type(scheduler) in _MERGED.values():
         scheduler.__class__ = type(scheduler).__bases__[0]
-        del scheduler.kernels
+        del scheduler._transformer
     return pipe
 
 
@@ -141,10 +142,16 @@ def _merged_scheduler(theirs: Any) -> type:
         return output(*result) if return_dict else result
 
     def reduce(self: Any) -> tuple[Any, ...]:  # a pickle or a copy is diffusers' own: no module knows this class
-        return _with_state, (theirs, {name: value for name, value in vars(self).items() if name != "kernels"})
+        return _with_state, (theirs, {name: value for name, value in vars(self).items() if name != "_transformer"})
 
     step.__doc__ = theirs.step.__doc__
-    names = {"step": step, "_sigmas_at": ours._sigmas_at, "__reduce__": reduce, "__module__": theirs.__module__}
+    names = {
+        "step": step,
+        "kernels": property(lambda self: getattr(self._transformer(), "ops", None)),
+        "_sigmas_at": ours._sigmas_at,
+        "__reduce__": reduce,
+        "__module__": theirs.__module__,
+    }
     if (theirs, ours) not in _MERGED:
         _MERGED[theirs, ours] = type(theirs.__name__, (theirs,), names)
     return _MERGED[theirs, ours]

@@ -6,12 +6,14 @@ Witness: diffusers 0.42, to the bit.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
 import pytest
 import torch
 
+from anyflow_kernels import Ops, available_backends
 from anyflow_runtime import accelerate, restore
 from bench.tiny_pipeline import tiny_pipeline
 
@@ -61,8 +63,6 @@ def test_mixed_precision_is_diffusers(pipe):
 
 def test_the_step_takes_no_passes_of_its_own(pipe, monkeypatch):
     """Everything over the latents is in `flow_map_step`, which is one kernel on a GPU."""
-    from anyflow_kernels.operations import Ops
-
     ours, _ = pair(pipe, num_inference_steps=2)
     x, u = torch.randn(2, 1, 2, 3, 4, 5)
     monkeypatch.setattr(Ops, "flow_map_step", lambda self, x, *_: x)
@@ -79,6 +79,26 @@ def test_the_step_takes_no_passes_of_its_own(pipe, monkeypatch):
     assert max(sizes) < x.numel()
 
 
+@pytest.mark.skipif(available_backends()["triton"] is not None, reason=str(available_backends()["triton"]))
+def test_latents_on_the_cpu_beside_a_model_on_a_gpu_take_a_step(pipe, monkeypatch):
+    """There the model's Triton kernels cannot run. Without a GPU, those of the interpreter were asked for and do."""
+    ours, theirs = pair(pipe, num_inference_steps=2)
+    pipe.transformer.set_backend("triton")
+    x, u = torch.randn(2, 1, 2, 3, 4, 5)
+    t = theirs.timesteps[0]
+    used: list[str] = []
+
+    def spy(self: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        used.append(self.backend)
+        return x
+
+    monkeypatch.setattr(Ops, "flow_map_step", spy)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        ours.step(u, t, x)
+    assert used == ["triton", "torch"]
+
+
 def test_it_stays_the_same_object_and_class(pipe, tmp_path):
     scheduler = pipe.scheduler
     accelerate(accelerate(pipe))
@@ -90,8 +110,19 @@ def test_it_stays_the_same_object_and_class(pipe, tmp_path):
     assert scheduler.kernels is pipe.transformer.ops
     accelerate(pipe, backend="reference")
     assert scheduler.kernels is pipe.transformer.ops and scheduler.kernels.backend == "reference"
+    pipe.transformer.set_backend("torch")
+    assert scheduler.kernels.backend == "torch"
     restore(pipe)
     assert pipe.scheduler is scheduler and type(scheduler) is Theirs and not hasattr(scheduler, "kernels")
+
+
+def test_the_scheduler_does_not_keep_the_transformer(pipe):
+    ours, _ = pair(pipe, num_inference_steps=2)
+    pipe.transformer = None
+    gc.collect()
+    assert ours.kernels is None
+    x = torch.ones(1, 1, 2, 3, 4)
+    assert ours.step(x, ours.timesteps[0], x).prev_sample.shape == x.shape
 
 
 def test_other_schedulers_are_left_alone(pipe):

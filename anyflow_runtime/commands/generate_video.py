@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import ExitStack, closing, suppress
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import check_finite
-from ..files import whole_file
+from ..files import whole_file, write_json
 from ..parallel import context_parallel
 from ..streaming import Decoded, Denoised, Step, stream, video_noise
 from ..video_io import VideoWriter
@@ -182,7 +181,7 @@ class GeneratedVideo:
             "peak_memory_bytes": self._clock.peak_memory(),
             "chunks": self.chunks,
         }
-        request.stats.write_text(json.dumps(stats, indent=1) + "\n")
+        write_json(request.stats, stats, indent=1)
 
 
 def _hide_loading_bars() -> None:

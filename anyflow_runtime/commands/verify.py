@@ -9,7 +9,6 @@ backend is checked on a CPU at tiny shapes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import warnings
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ..files import write_json
 from . import UsageError
 from .arguments import BACKENDS, dtype_name, resolve_device
 
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.json:
         rows = [{**asdict(verdict), "ok": verdict.ok} for verdict in verdicts]
-        with open(args.json, "w") as file:
-            json.dump({"torch": torch.__version__, "device": _device_name(device), "checks": rows}, file, indent=1)
+        write_json(args.json, {"torch": torch.__version__, "device": _device_name(device), "checks": rows}, indent=1)
     return 1 if failures else 0
 
 

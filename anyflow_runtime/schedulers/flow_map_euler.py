@@ -57,6 +57,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
     """
 
     order = 1
+    kernels: Ops | None = None  # those of the model that is sampled, where one is known
 
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0) -> None:
         for name, value in (("num_train_timesteps", num_train_timesteps), ("shift", shift)):
@@ -215,7 +216,7 @@ class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # ty
                 "Please pass an explicit `r_timestep` for any-step sampling outside the schedule."
             )
 
-        prev_sample = flow_map_step(sample, model_output, sigma_t, sigma_r, getattr(self, "kernels", None))
+        prev_sample = flow_map_step(sample, model_output, sigma_t, sigma_r, self.kernels)
 
         if self._step_index is None:
             start = self._begin_index if self._begin_index is not None else self.index_for_timestep(timestep)
@@ -272,11 +273,14 @@ def flow_map_step(
 
     Args:
         sigma_t, sigma_r: of no or of leading dimensions, float64 (float32 on MPS and NPU).
-        ops: of the model that is sampled; None: those that can run where the sample lies.
+        ops: of the model that is sampled; None, or if they cannot run where the sample lies: those that can.
     """
     if sample.dtype == model_output.dtype and sigma_t.dtype == torch.float64 and max(sigma_t.ndim, sigma_r.ndim) <= 2:
-        if ops is None or sample.dtype == torch.float64:
-            ops = load_ops("triton" if _runs_triton(sample) else "torch")
+        triton = _runs_triton(sample)
+        # Without a GPU, Triton operations are those of its interpreter, and were asked for.
+        elsewhere = ops is not None and ops.backend == "triton" and torch.cuda.is_available() and not triton
+        if ops is None or sample.dtype == torch.float64 or elsewhere:
+            ops = load_ops("triton" if triton else "torch")
         return ops.flow_map_step(sample, model_output, sigma_t, sigma_r)
     # Given dimensions, float64 sigmas promote the whole expression to float64.
     sigma_t, sigma_r = _with_ndim(sigma_t, sample.ndim), _with_ndim(sigma_r, sample.ndim)

@@ -131,8 +131,6 @@ class Rollout:
             self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
         elif before[2] != after[2]:
             scale = float(self.guidance_scale) if self.guidance_scale > 1 else None
-            if cache.condition.guided == (scale is None):  # raises: guidance begins or ends with a rollout
-                self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
             self.transformer.change_condition(cache, replace(cache.condition, guidance_scale=scale))
 
     def frames(
