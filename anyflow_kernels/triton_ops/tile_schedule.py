@@ -9,6 +9,7 @@ and cached.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -163,50 +164,69 @@ def _build(
         for row in range(start, end, block_rows)
     ]
     whole = [_Piece(head, tile, 0, tile.blocks) for head in range(heads) for tile in tiles]
-    bins = _longest_first(whole, programs)
+    # The sort is stable: equal tiles of a head stay together.
+    bins, _ = _listed(sorted(whole, key=_cost, reverse=True), min(programs, len(whole)))
     if split_cost is not None:
-        makespan = max(sum(p.last - p.first for p in pieces) for pieces in bins)
-        balanced = -(-sum(p.last for p in whole) // programs)
-        if makespan - max(balanced, MIN_PIECE) > split_cost:
-            bins = _evenly_split(whole, programs)
+        waves = _waves(whole, programs)
+        if _makespan(bins) - _makespan(waves) >= max(split_cost, 1):
+            bins = waves
     return _tabulate(bins, block_columns, phantom_keys, device)
 
 
-def _longest_first(pieces: list[_Piece], programs: int) -> list[list[_Piece]]:
-    """Each piece, longest first, to the program with the least work. The sort is stable: equal tiles of a head stay
-    together, so that programs running at the same time share its keys in L2."""
-    programs = min(programs, len(pieces))
+def _cost(piece: _Piece) -> int:
+    """In blocks: a tile, or a piece of one, costs about one beside its loop."""
+    return piece.last - piece.first + 1
+
+
+def _makespan(bins: list[list[_Piece]]) -> int:
+    return max(sum(map(_cost, pieces)) for pieces in bins)
+
+
+def _listed(pieces: list[_Piece], programs: int, bound: float = math.inf) -> tuple[list[list[_Piece]], list[_Piece]]:
+    """Each piece in turn to the program with the least work; what would exceed `bound` there is left over. Programs
+    running at the same time take neighbours of the list: tiles of one head, whose keys all read from L2."""
     bins: list[list[_Piece]] = [[] for _ in range(programs)]
     heap = [(0, program) for program in range(programs)]
-    for piece in sorted(pieces, key=lambda p: -p.last):
+    left = []
+    for piece in pieces:
         load, program = heap[0]
-        bins[program].append(piece)
-        # A tile costs about one block beside its loop; this also spreads tiles that have none.
-        heapq.heapreplace(heap, (load + piece.last + 1, program))
-    return bins
+        if load + _cost(piece) > bound:
+            left.append(piece)
+        else:
+            bins[program].append(piece)
+            heapq.heapreplace(heap, (load + _cost(piece), program))
+    return bins, left
 
 
-def _evenly_split(pieces: list[_Piece], programs: int) -> list[list[_Piece]]:
-    """All blocks in a row, cut into equal shares (stream-K). A cut that would leave a piece under MIN_PIECE moves to
-    the tile's edge."""
-    total = sum(p.last for p in pieces)
-    programs = max(1, min(programs, total // MIN_PIECE))
-    bins: list[list[_Piece]] = [[] for _ in range(programs)]
-    position = 0
-    for head, tile, _, blocks in pieces:
-        cuts = [0]
-        first_bound = position * programs // total + 1
-        last_bound = (position + blocks) * programs // total
-        for bound in range(first_bound, last_bound + 1):
-            cut = bound * total // programs - position
-            if cut - cuts[-1] >= MIN_PIECE and blocks - cut >= MIN_PIECE:
-                cuts.append(cut)
-        cuts.append(blocks)
-        for first, last in pairwise(cuts):
-            middle = 2 * position + first + last
-            bins[min(middle * programs // (2 * total), programs - 1)].append(_Piece(head, tile, first, last))
-        position += blocks
+def _waves(whole: list[_Piece], programs: int) -> list[list[_Piece]]:
+    """Whole tiles head by head; those of the last, incomplete wave are cut along their keys to fill what the programs
+    have left. Cutting all tiles into equal shares (stream-K) takes as long, but has all heads in flight, each program
+    at its own place in the keys: far more than the L2 holds."""
+    bound = max(MIN_PIECE + 1, -(-sum(map(_cost, whole)) // programs))
+    while (bins := _within(whole, programs, bound)) is None:
+        bound += 1
     return [pieces for pieces in bins if pieces]
+
+
+def _within(whole: list[_Piece], programs: int, bound: int) -> list[list[_Piece]] | None:
+    """Bins that cost at most `bound` each, or None if this fails. Successive programs take the pieces of a tile."""
+    bins, left = _listed(whole, programs, bound)
+    room = [bound - sum(map(_cost, pieces)) - 1 for pieces in bins]  # blocks of the next piece
+    program = 0
+    for head, tile, first, last in left:
+        while first < last:
+            if program == programs:
+                return None
+            blocks = min(last - first, room[program])
+            if blocks < last - first:  # a cut: no side under MIN_PIECE
+                blocks = min(blocks, last - first - MIN_PIECE)
+                if blocks < MIN_PIECE:
+                    program += 1
+                    continue
+            bins[program].append(_Piece(head, tile, first, first + blocks))
+            room[program] -= blocks + 1
+            first += blocks
+    return bins
 
 
 def _tabulate(bins: list[list[_Piece]], block_columns: int, phantom_keys: int, device: torch.device) -> Schedule:
