@@ -4,7 +4,9 @@
 
 Kernels, arguments and shapes come from the `aot_cases` of the modules in `triton_ops`, launch parameters from
 `launch_configs`: what is compiled is what a launch on that GPU would compile. Registers and stack are read from the
-cubin with the cuobjdump in the triton wheel, instructions from its SASS. Results stay in Triton's own cache.
+cubin with the cuobjdump in the triton wheel, instructions from its SASS, and `pipe_model` says what they amount to:
+"bound" and "serial" are shares of the tensor cores' peak (of the memory's, without matrix products) if everything
+overlaps and if products overlap with nothing, modelled, not measured. Results stay in Triton's own cache.
 """
 
 from __future__ import annotations
@@ -25,10 +27,8 @@ from typing import Any
 
 from .aot_case import AotCase
 from .launch_configs import ARCHITECTURES, GPUS
+from .pipe_model import MATRIX, chip_of, model, parse
 
-# HMMA, IMMA: mma.sync. HGMMA, QGMMA: wgmma of sm_90. UTCHMMA, UTCQMMA: tcgen05 of sm_100.
-TENSOR_CORES = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|QGMMA|IGMMA|UTC\w*MMA)")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
 
@@ -50,7 +50,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         A row with `kernel`, `target`, `shape`, `registers` (per thread), `spill_bytes` (local memory per thread),
         `shared_bytes` and `threads` (per block), `tensor_core_instructions` and `memory_instructions` (name -> count
         in the SASS), `fma_dots` (matrix products that the compiler gave to FMA units), `blocks_per_multiprocessor` and
-        what limits them, and `problems`: reasons to reject the kernel on this GPU.
+        what limits them, `model` (a `PipeModel`), and `problems`: reasons to reject the kernel on this GPU.
 
     Raises:
         RuntimeError: if the kernels were imported under TRITON_INTERPRET=1, which leaves nothing to compile.
@@ -62,7 +62,8 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         raise RuntimeError("compile_case: the kernels were imported under TRITON_INTERPRET=1; start Python without it")
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
-    resources, instructions = _disassemble(compiled.asm["cubin"])
+    resources, sass = _disassemble(compiled.asm["cubin"])
+    instructions = Counter(instruction.opcode.split(".")[0] for instruction in parse(sass))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]).group(1))  # type: ignore[union-attr]
     shared = compiled.metadata.shared
     blocks, limit = _occupancy(arch, resources["REG"], threads, shared)
@@ -74,7 +75,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         "spill_bytes": resources["STACK"] + resources.get("LOCAL", 0),
         "shared_bytes": shared,
         "threads": threads,
-        "tensor_core_instructions": {k: n for k, n in sorted(instructions.items()) if TENSOR_CORES.match(k)},
+        "tensor_core_instructions": {k: n for k, n in sorted(instructions.items()) if MATRIX.match(k)},
         "memory_instructions": {k: instructions[k] for k in MEMORY if instructions[k]},
         "instructions": sum(instructions.values()),
         "fma_dots": _fma_dots(compiled.asm["ttgir"]),
@@ -84,6 +85,19 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
         "num_stages": case.num_stages,
     }
     row["problems"] = _problems(case, arch, row)
+    try:
+        pipes = model(
+            sass,
+            chip_of(arch),
+            warps=case.num_warps,
+            blocks=min(blocks, case.per_multiprocessor or blocks),
+            products=case.products,
+            loaded=case.loaded,
+        )
+    except ValueError as error:
+        row["problems"].append(f"pipe model: {error}")
+        return row
+    row["model"] = pipes.as_row()
     return row
 
 
@@ -104,8 +118,8 @@ def _source(case: AotCase) -> Any:
     return source(case.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Resource usage (REG, STACK, LOCAL, ...) and instruction counts of a cubin with one kernel."""
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage (REG, STACK, LOCAL, ...) and SASS of a cubin with one kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -117,7 +131,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
             return subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
 
         resources = {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", dump("--dump-resource-usage"))}
-        return resources, Counter(INSTRUCTION.findall(dump("-sass")))
+        return resources, dump("-sass")
 
 
 def _fma_dots(ttgir: str) -> int:
@@ -150,6 +164,10 @@ def _problems(case: AotCase, arch: int, row: dict[str, Any]) -> list[str]:
         problems.append(f"no {case.requires}")
     if row["fma_dots"]:
         problems.append(f"{row['fma_dots']} matrix products on FMA units")
+    if row["blocks_per_multiprocessor"] < (case.per_multiprocessor or 1):
+        problems.append(
+            f"{row['blocks_per_multiprocessor']} of {case.per_multiprocessor} blocks per multiprocessor fit"
+        )
     if row["shared_bytes"] > GPUS[arch].shared_bytes:
         problems.append(f"{row['shared_bytes']} bytes of shared memory, {GPUS[arch].shared_bytes} on the chip")
     return problems
@@ -178,10 +196,14 @@ def format_row(row: dict[str, Any]) -> str:
     if "registers" not in row:
         return f"{row['kernel']:<44}{row['shape']:<26}{row['target']:<8}{'; '.join(row['problems'])}"
     counts = {**row["tensor_core_instructions"], **row["memory_instructions"]}
+    modelled = " " * 36
+    if pipes := row.get("model"):
+        modelled = f"{pipes['redundancy']:>6.2f}{pipes['bound']:>7.0%}{pipes['serial']:>8.0%}{pipes['barriers']:>5}"
+        modelled += f" {pipes['busiest']:<9}"
     return (
         f"{row['kernel']:<44}{row['shape']:<26}{row['target']:<8}{row['registers']:>5}{row['spill_bytes']:>7}"
         f"{row['shared_bytes']:>9}{row['threads']:>9}{row['blocks_per_multiprocessor']:>8} "
-        f"{row['occupancy_limit']:<14} "
+        f"{row['occupancy_limit']:<14}{modelled}"
         + " ".join(f"{name} {n}" for name, n in counts.items())
         + "".join(f"  PROBLEM: {p}" for p in row["problems"])
     )
@@ -204,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"triton {triton.__version__}")
     print(
         f"{'kernel':<44}{'shape':<26}{'target':<8}{'regs':>5}{'spills':>7}{'shared':>9}{'threads':>9}{'blocks':>8} "
-        f"{'limited by':<14} instructions"
+        f"{'limited by':<14}{'excess':>6}{'bound':>7}{'serial':>8}{'bar':>5} {'busiest':<9}instructions"
     )
     rows = compile_all(archs, options.kernel, options.processes)
     for row in rows:

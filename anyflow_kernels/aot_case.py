@@ -34,6 +34,9 @@ class AotCase:
         divisible: names of integer arguments that are multiples of 16 at this shape, as a launch would find out.
             Pointers always count as 16-byte aligned.
         options: further compile options, such as `maxnreg`.
+        products: multiply-adds that one iteration of the inner loop needs, for `pipe_model`.
+        loaded: bytes of global memory that one iteration reads.
+        per_multiprocessor: blocks that the launch places on a multiprocessor; as many as fit if None.
     """
 
     kernel: Any
@@ -46,6 +49,9 @@ class AotCase:
     requires: str | None = None
     divisible: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    products: int = 0
+    loaded: int = 0
+    per_multiprocessor: int | None = None
 
     @property
     def name(self) -> str:

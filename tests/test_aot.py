@@ -32,6 +32,7 @@ KEYS = {
     "fma_dots",
     "blocks_per_multiprocessor",
     "occupancy_limit",
+    "model",
     "problems",
 }
 # A spilling tile, a product in FMA units, more shared memory than the chip has, and mma.sync where wgmma belongs.
@@ -96,6 +97,11 @@ def test_attention_on_sm_90_is_wgmma_and_tma_without_spills(attention_rows):
         assert row["memory_instructions"]["UTMALDG"] > 0
         assert row["spill_bytes"] == row["fma_dots"] == 0
         assert 0 < row["registers"] <= 255 and row["shared_bytes"] <= launch_configs.GPUS[90].shared_bytes
+        # 128 queries by 128 keys: two products of 128 channels, 16 exponentials a clock against 2,048 multiply-adds.
+        pipes = row["model"]
+        assert pipes["redundancy"] == 1.0 and pipes["cycles"]["tensor"] == 2 * 128 * 128 * 128 / 2048
+        assert 128 * 128 / 16 <= pipes["cycles"]["mufu"] <= 1.1 * 128 * 128 / 16
+        assert pipes["bound"] == 1.0 and pipes["busiest"] == "tensor" and 0.5 < pipes["serial"] < pipes["bound"]
 
 
 def test_bad_kernels_are_rejected(tmp_path):

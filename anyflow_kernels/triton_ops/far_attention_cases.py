@@ -19,6 +19,12 @@ from .far_attention_backward import (
     _far_attention_dq_kernel,
 )
 
+# Matrix products of a tile of queries with a tile of keys; in fp32 each is three of TF32.
+_PRODUCTS = {
+    "_far_attention_forward_kernel": 2,
+    "_far_attention_dq_kernel": 3,
+    "_far_attention_dkdv_kernel": 4,
+}
 _TYPES = {2: "bf16", 4: "fp32"}
 _FLOATS = ("lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr")
 _TABLES = ("starts_ptr", "items_ptr", "ranges_ptr", "merges_ptr")
@@ -39,6 +45,8 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
         return "fp32" if name.startswith("scale") else "i32"
 
     names = kernel.arg_names
+    tile_products = _PRODUCTS.get(kernel.fn.__name__, 0) * (3 if config.itemsize == 4 else 1)
+    walked = config.block_m if kernel is _far_attention_dkdv_kernel else config.block_n
     return AotCase(
         kernel,
         shape,
@@ -49,6 +57,9 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
         tensor_cores=True,
         requires="HGMMA" if config.arch == 90 and config.itemsize == 2 else None,
         divisible=tuple(name for name in names if name.startswith("stride_") and head_dim % 16 == 0),
+        products=tile_products * config.block_m * config.block_n * block_d,
+        loaded=2 * walked * head_dim * config.itemsize,
+        per_multiprocessor=None if kernel is _far_attention_dkdv_kernel else config.per_multiprocessor,
     )
 
 
@@ -77,5 +88,7 @@ def _row_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int, rows:
     """A kernel that works row by row, without products, at the released models' shapes."""
     config = replace(attention_row(table, arch, 128, 2), descriptors=False, num_warps=4, num_stages=3)
     case = attention_case(kernel, config, "", 128)
-    case = replace(case, constexprs={**case.constexprs, "ROWS": rows}, tensor_cores=False, requires=None)
+    case = replace(
+        case, constexprs={**case.constexprs, "ROWS": rows}, tensor_cores=False, requires=None, per_multiprocessor=None
+    )
     return [replace(case, shape=f"{name} bf16 d128") for name in MODELS]

@@ -323,4 +323,7 @@ def _case(config: AttentionConfig, shape: str) -> AotCase:
         config.num_stages,
         tensor_cores=True,
         requires="HGMMA",
+        products=2 * 2 * ROWS.value * config.block_n * config.head_dim,
+        loaded=2 * config.block_n * config.head_dim * 2,
+        per_multiprocessor=1,
     )
