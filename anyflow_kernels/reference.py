@@ -1,9 +1,9 @@
 """The `reference` backend: every operation in obvious PyTorch. It is a witness: nothing that ships imports it, and it
 shares no formula with what it checks.
 
-Attention runs through flex_attention with a BlockMask built element by element from the plan. flex_attention has no
-backward on a CPU, so a CPU call that needs gradients takes `dense_attention`, the same formula with a dense mask.
-Float64 inputs stay float64, so the same code is the oracle of the tests.
+Attention runs through flex_attention with a BlockMask built element by element from the plan. Two things
+flex_attention cannot do: float64 on a GPU, and a backward on a CPU. There the softmax is written out over a dense mask.
+Float64 inputs stay float64, so the same code is the oracle of tests, benches and `anyflow verify`, on every device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from .far_layout import AttentionPlan, FarLayout
 from .operations import FrameMap, TimestepMLP
+
+SCORES = 2**27  # entries of a block of scores: 1 GiB in float64
 
 
 def far_mask(layout: FarLayout) -> Tensor:
@@ -52,28 +55,51 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     return out, scores.logsumexp(dim=-1)
 
 
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """`dense_attention` over a plan, a block of queries at a time: at most `SCORES` scores are in memory at once.
+
+    A backward computes the blocks anew. Arguments and results are in the dtype of q throughout.
+    """
+    k, v, mask = with_phantom_keys(k, v, plan)
+    rows = max(1, SCORES // (q.shape[0] * q.shape[2] * k.shape[1]))
+    if rows >= q.shape[1]:
+        return dense_attention(q, k, v, mask, scale)
+    blocks = zip(q.split(rows, dim=1), mask.split(rows), strict=True)
+    outs, lses = zip(
+        *(checkpoint(dense_attention, part, k, v, seen, scale, use_reentrant=False) for part, seen in blocks),
+        strict=True,
+    )
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
 def far_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     if plan.num_queries == 0:
         lse = q.new_zeros(q.shape[0], q.shape[2], 0, dtype=torch.float32)
         return (torch.empty_like(q), lse) if return_lse else torch.empty_like(q)
-    mask = plan_mask(plan, q.device)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.dtype == torch.float64 or (q.device.type == "cpu" and needs_grad):
+        out, lse = blockwise_attention(q, k, v, plan, scale)
+    else:
+        if not needs_grad:  # flex_attention on a CPU refuses parameters even under no_grad
+            q, k, v = q.detach(), k.detach(), v.detach()
+        out, lse = masked_flex_attention(q, *with_phantom_keys(k, v, plan), scale)
+    return (out, widen(lse.detach())) if return_lse else out
+
+
+def with_phantom_keys(k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and their mask, with the plan's phantom keys as zeros that all queries see."""
+    mask = plan_mask(plan, k.device)
     if plan.phantom_keys:
         zeros = k.new_zeros(k.shape[0], plan.phantom_keys, *k.shape[2:])
         k, v = torch.cat([k, zeros], dim=1), torch.cat([v, zeros], dim=1)
         mask = F.pad(mask, (0, plan.phantom_keys), value=True)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and needs_grad:
-        out, lse = dense_attention(q, k, v, mask, scale)
-    else:
-        if not needs_grad:  # flex_attention on a CPU refuses parameters even under no_grad
-            q, k, v = q.detach(), k.detach(), v.detach()
-        out, lse = _flex(q, k, v, mask, scale)
-    return (out, lse.detach().float()) if return_lse else out
+    return k, v, mask
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def masked_flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `dense_attention`, through flex_attention, compiled where there is a GPU."""
     head_dim = q.shape[3]
     if head_dim < 16:  # flex_attention's minimum; zero channels change neither scores nor output
         q, k, v = (F.pad(x, (0, 16 - head_dim)) for x in (q, k, v))

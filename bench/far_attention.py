@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,9 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from anyflow_kernels import AttentionPlan, FarLayout, available_backends, launch_configs, load_ops
-from anyflow_kernels.reference import dense_attention, plan_mask
-from anyflow_kernels.testing import float64_oracle
-from anyflow_kernels.testing.budget import check
+from anyflow_kernels.reference import blockwise_attention, dense_attention, plan_mask
+from anyflow_kernels.testing.budget import check, widened
 from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops
 from anyflow_kernels.triton_ops.tile_schedule import encode
 
@@ -225,11 +224,8 @@ def parity(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
     Raises:
         AssertionError: if the output breaks the error law beside the dense formula in this dtype.
     """
-    scale = q.shape[3] ** -0.5
     with torch.no_grad():
-        low = float64_oracle.far_attention(q, k, v, plan, scale, False)
-        exact = float64_oracle.far_attention(q.double(), k.double(), v.double(), plan, scale, False)
-        return check("out", attend(q, k, v), low, exact).whole
+        return check("out", attend(q, k, v), *witness_outputs(q, k, v, plan)).whole
 
 
 def gradient_parity(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> float:
@@ -238,15 +234,33 @@ def gradient_parity(attend: Attend, q: Tensor, k: Tensor, v: Tensor, plan: Atten
     Raises:
         AssertionError: if one breaks the error law beside the dense formula in this dtype.
     """
-    out = attend(q, k, v)
-    grads = torch.autograd.grad(out, (q, k, v), out.detach())
-    heads = list(zip(*(x.detach().split(1, dim=2) for x in (q, k, v, out)), strict=True))
+    out_grad, low, exact = witness_gradients(q, k, v, plan)
+    grads = torch.autograd.grad(attend(q, k, v), (q, k, v), out_grad)
+    return max(check(*tensors).whole for tensors in zip(("dq", "dk", "dv"), grads, low, exact, strict=True))
+
+
+@lru_cache(maxsize=2)  # all contestants of a shape are judged by the same: minutes of float64 at the largest
+def witness_outputs(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """The dense formula in the dtype of q, and in float64."""
+    with torch.no_grad():
+        low, exact = (
+            blockwise_attention(*tensors, plan, q.shape[3] ** -0.5)[0] for tensors in ((q, k, v), widened((q, k, v)))
+        )
+    return low, exact
+
+
+@lru_cache(maxsize=1)
+def witness_gradients(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """An output gradient, and dq, dk and dv for it by the dense formula in the dtype of q, and in float64."""
+    out_grad = witness_outputs(q, k, v, plan)[0]
+    heads = list(zip(*(x.detach().split(1, dim=2) for x in (q, k, v, out_grad)), strict=True))
     low = [
         torch.cat(parts, dim=2).to(q.dtype) for parts in zip(*(dense_gradients(plan, *h) for h in heads), strict=True)
     ]
     wide = (dense_gradients(plan, *(x.double() for x in head)) for head in heads)
-    exact = [torch.cat(parts, dim=2) for parts in zip(*wide, strict=True)]
-    return max(check(*tensors).whole for tensors in zip(("dq", "dk", "dv"), grads, low, exact, strict=True))
+    return out_grad, low, [torch.cat(parts, dim=2) for parts in zip(*wide, strict=True)]
 
 
 def dense_gradients(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, out_grad: Tensor) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""What tests, benches and `anyflow verify` share: inputs of every operation, float64, and the error law."""
+"""What tests, benches and `anyflow verify` share: inputs of every operation, and the error law."""

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_kernels import Ops
+from anyflow_kernels import Ops, load_ops
 from anyflow_kernels.testing.cases import Random, Sizes
-from anyflow_kernels.testing.float64_oracle import oracle_ops
 
 from ..models import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from ..models.cache import FarCache
@@ -48,7 +47,7 @@ class ModelCase:
             rounded = {name: tensor.double() for name, tensor in model.state_dict().items()}
             model = self._new().to(device, torch.float64).eval()
             model.load_state_dict(rounded)
-            model.ops, random = oracle_ops(), _Widened(1, dtype, device)
+            model.ops, random = load_ops("reference"), _Widened(1, dtype, device)
         with torch.no_grad():
             return self.run(model, random)
 
