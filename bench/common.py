@@ -1,14 +1,17 @@
-"""What every bench shares: the machine line, interleaved medians, the parity check before timing, rows as JSON.
+"""What every bench shares: the machine line, interleaved medians, the parity check before timing, rows kept one by one.
 
 Timings on a shared machine drift, so contestants take turns within one process and only ratios of medians are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -102,12 +105,21 @@ def graphed(call: Callable[[], Any], device: str, name: str = "") -> tuple[Calla
     return graph.replay, True
 
 
-def write_rows(rows: list[dict[str, Any]], path: str | Path | None = None) -> None:
-    """Print the rows as the last line of a bench, in JSON, and also write them to `path` if given."""
-    line = json.dumps(rows)
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="append each row to this file as it is measured, in JSON")
+
+
+def keep_row(row: dict[str, Any], path: str | Path | None) -> None:
+    """Append a row to a file, if any, with command and machine: a bench that is killed keeps what it measured."""
     if path is not None:
-        Path(path).write_text(line + "\n")
-    print(line, flush=True)
+        source = {"command": shlex.join([Path(sys.argv[0]).stem, *sys.argv[1:]]), "machine": machine_line("triton")}
+        with Path(path).open("a") as file:
+            file.write(json.dumps({**row, **source}) + "\n")
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The rows as the last line of a bench, in JSON."""
+    print(json.dumps(rows), flush=True)
 
 
 def _time_once(fn: Callable[[], Any]) -> float:

@@ -1,6 +1,6 @@
 """Attention of the released models at 480p, against what PyTorch has for the same masks.
 
-python -m bench.far_attention [--dtype float32|bfloat16] [--shape PART] [--tiny] [--plot FILE]
+python -m bench.far_attention [--dtype float32|bfloat16] [--shape PART] [--contestants NAME ...] [--tiny] [--plot FILE]
 
 On CUDA: `triton` (and, on sm_90, its Gluon forward) against flash and cuDNN SDPA (one call per run of queries, keys
 concatenated where a run sees several ranges) and compiled flex_attention with its BlockMask (built beforehand, its
@@ -12,7 +12,7 @@ compilation over padded sequences, and is checked against what that computes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops
 from anyflow_kernels.triton_ops.tile_schedule import encode
 
 from . import diffusers_eager
-from .common import graphed, interleaved_medians, write_rows
+from .common import graphed, interleaved_medians, keep_row, print_rows
 from .kernel_bench import MODELS, TINY, ceilings, layouts, parse
 from .roofline import draw_roofline
 
@@ -39,7 +39,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    options = parse(__doc__)
+    options = parse(__doc__, contestants=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copy, gemm = ceilings(device, options.dtype)
     rows: list[dict[str, Any]] = []
@@ -51,16 +51,25 @@ def main() -> None:
             if device == "cpu" and not options.tiny and name not in CPU_SHAPES:
                 print(f"skipped: {name} (too slow on a CPU)")
                 continue
-            rows += bench_shape(name, layout, size, options.dtype, options.repeats, gemm)
+            for row in bench_shape(name, layout, size, options.dtype, options.repeats, gemm, options.contestants):
+                keep_row(row, options.json)
+                rows.append(row)
     if not rows:
-        raise SystemExit(f"--shape: got {options.shape!r}, expected part of the name of a shape that can run here")
+        wanted = f"{options.shape!r}, --contestants: got {options.contestants or 'all'}"
+        raise SystemExit(f"--shape: got {wanted}, expected part of a shape's name and a contestant that can run here")
     if options.plot:
         draw_roofline(rows, copy, gemm, options.plot)
-    write_rows(rows, options.json)
+    print_rows(rows)
 
 
 def bench_shape(
-    name: str, layout: FarLayout, size: dict[str, int], dtype: torch.dtype, repeats: int, gemm: float
+    name: str,
+    layout: FarLayout,
+    size: dict[str, int],
+    dtype: torch.dtype,
+    repeats: int,
+    gemm: float,
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The rows of one shape: each contestant is checked, then timed in turns with the others."""
     plan, backward = AttentionPlan.from_layout(layout), layout.clean
@@ -72,10 +81,11 @@ def bench_shape(
         return torch.randn(shape, generator=generator, device=device, dtype=dtype).requires_grad_(backward)
 
     q, k, v = tensor(plan.num_queries), tensor(plan.num_keys), tensor(plan.num_keys)
-    contestants, mask_ms, skipped = contestants_for(plan, size["head_dim"] ** -0.5, device)
+    contestants, mask_ms, skipped = contestants_for(plan, size["head_dim"] ** -0.5, device, only)
     eager_plan = plan
     try:
-        contestants[diffusers_eager.NAME], eager_plan = diffusers_eager.far_attention(layout, device)
+        if diffusers_eager.NAME in (only or (diffusers_eager.NAME,)):
+            contestants[diffusers_eager.NAME], eager_plan = diffusers_eager.far_attention(layout, device)
     except torch.OutOfMemoryError as error:  # its mask is made from all pairs of tokens
         skipped[diffusers_eager.NAME] = str(error).partition("\n")[0]
     functions: dict[str, Callable[[], Any]] = {}
@@ -132,8 +142,10 @@ def bench_shape(
     return rows
 
 
-def contestants_for(plan: AttentionPlan, scale: float, device: str) -> tuple[dict[str, Attend], float, dict[str, str]]:
-    """Contestants by name, the milliseconds that flex's mask took, and who cannot run here and why."""
+def contestants_for(
+    plan: AttentionPlan, scale: float, device: str, only: Sequence[str] = ()
+) -> tuple[dict[str, Attend], float, dict[str, str]]:
+    """Contestants by name (if given, `only` those), the milliseconds of flex's mask, who cannot run here and why."""
 
     def ours(backend: str) -> Attend:
         ops = load_ops(backend)
@@ -142,31 +154,26 @@ def contestants_for(plan: AttentionPlan, scale: float, device: str) -> tuple[dic
     if device == "cpu":
         mask = plan_mask(plan)
         compiled = torch.compile(dense_attention, dynamic=False)
-        return (
-            {
-                "torch": ours("torch"),
-                "eager": lambda q, k, v: dense_attention(q, k, v, mask, scale)[0],
-                "compiled": lambda q, k, v: compiled(q, k, v, mask, scale)[0],
-            },
-            0.0,
-            {
-                "triton": available_backends()["triton"] or "TRITON_INTERPRET=1 runs it in Python: no speed",
-                "flash, cudnn, flex": "no CUDA device",
-            },
-        )
-    mask_ms, flex = flex_contestant(plan, scale)
-    hopper = {"gluon": gluon_contestant(plan, scale)} if launch_configs.architecture(device) == 90 else {}
-    return (
-        {
-            "triton": ours("triton"),
-            **hopper,
-            "flash": sdpa_contestant(plan, scale, SDPBackend.FLASH_ATTENTION),
-            "cudnn": sdpa_contestant(plan, scale, SDPBackend.CUDNN_ATTENTION),
-            "flex": flex,
-        },
-        mask_ms,
-        {},
-    )
+        known = {
+            "torch": ours("torch"),
+            "eager": lambda q, k, v: dense_attention(q, k, v, mask, scale)[0],
+            "compiled": lambda q, k, v: compiled(q, k, v, mask, scale)[0],
+        }
+        skipped = {
+            "triton": available_backends()["triton"] or "TRITON_INTERPRET=1 runs it in Python: no speed",
+            "flash, cudnn, flex": "no CUDA device",
+        }
+    else:
+        known, skipped = {"triton": ours("triton")}, {}
+        if launch_configs.architecture(device) == 90:
+            known["gluon"] = gluon_contestant(plan, scale)
+        known["flash"] = sdpa_contestant(plan, scale, SDPBackend.FLASH_ATTENTION)
+        known["cudnn"] = sdpa_contestant(plan, scale, SDPBackend.CUDNN_ATTENTION)
+    chosen = {name: attend for name, attend in known.items() if not only or name in only}
+    mask_ms = 0.0
+    if device == "cuda" and (not only or "flex" in only):
+        mask_ms, chosen["flex"] = flex_contestant(plan, scale)
+    return chosen, mask_ms, skipped
 
 
 def gluon_contestant(plan: AttentionPlan, scale: float) -> Attend:

@@ -21,7 +21,7 @@ from anyflow_kernels.aot_case import MODELS
 from anyflow_kernels.testing.budget import check, leaves, map_tensors, widened
 
 from . import diffusers_eager
-from .common import graphed, interleaved_medians, machine_line, write_rows
+from .common import add_json_argument, graphed, interleaved_medians, keep_row, machine_line, print_rows
 from .diffusers_eager import EagerSequence
 from .roofline import draw_roofline
 
@@ -83,15 +83,17 @@ def model_cases(tiny: bool) -> Iterator[tuple[str, dict[str, int], FarLayout]]:
                 yield f"{model} {name}", size, layout
 
 
-def parse(doc: str | None) -> argparse.Namespace:
-    """The options of every kernel bench; `dtype` is the torch dtype."""
+def parse(doc: str | None, contestants: bool = False) -> argparse.Namespace:
+    """The options of every kernel bench; `dtype` is the torch dtype. With `contestants`, they can be chosen."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default)
     parser.add_argument("--shape", default="", metavar="SUBSTRING", help="only shapes whose name contains it")
     parser.add_argument("--tiny", action="store_true", help="the same layouts at 1/60 of the tokens: does it all run?")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", help="also write the rows to this file")
+    if contestants:
+        parser.add_argument("--contestants", nargs="+", default=(), metavar="NAME", help="only these; default: all")
+    add_json_argument(parser)
     parser.add_argument("--plot", help="write a roofline picture to this file")
     options = parser.parse_args()
     options.dtype = getattr(torch, options.dtype)
@@ -118,10 +120,12 @@ def run(operation: str, doc: str | None, cases: Callable[[torch.dtype, bool], Se
     print("; ".join(_skipped(device, options.tiny, [case.name for case in chosen])) or "nothing skipped")
     rows = []
     for case in chosen:
-        rows += _bench_case(operation, case, device, options.dtype, options.repeats, copy, gemm)
+        for row in _bench_case(operation, case, device, options.dtype, options.repeats, copy, gemm):
+            keep_row(row, options.json)
+            rows.append(row)
     if options.plot:
         draw_roofline(rows, copy, gemm, options.plot)
-    write_rows(rows, options.json)
+    print_rows(rows)
     ours = "triton" if device == "cuda" else "torch"
     missing = {case.name for case in chosen} - {row["shape"] for row in rows if row["contestant"] == ours}
     if missing:

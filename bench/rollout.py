@@ -23,7 +23,7 @@ from torch import Tensor
 from anyflow_runtime import AnyFlowFARTransformer3DModel, derive_config, open_model, stream
 
 from .common import MODEL_ARGUMENTS as MODELS
-from .common import check_close, machine_line, write_rows
+from .common import add_json_argument, check_close, keep_row, machine_line, print_rows
 from .costs import rollout_flops
 
 PARTITION, HEIGHT, WIDTH, TEXT_TOKENS = (1, 3, 3, 3, 3, 3, 3, 2), 60, 104, 512
@@ -163,12 +163,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rivals", action="store_true", help="also diffusers' loop, eager and compiled")
     parser.add_argument("--no-graphs", action="store_true", help="without CUDA graphs")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_argument(parser)
     args = parser.parse_args()
     print(machine_line("triton", "diffusers"))
     if not torch.cuda.is_available():
         print("skipped: needs a CUDA device; `python -m bench.rollout_cpu` measures a rollout on a CPU")
-        write_rows([], args.json)
+        print_rows([])
         return
     rows: list[dict[str, Any]] = []
     for name in args.model:
@@ -182,6 +182,7 @@ def main() -> None:
                 for kind in ("eager", "compiled"):
                     row[f"diffusers_{kind}_s"] = diffusers_rollout(name, model, text, noise, steps, kind == "compiled")
             rows.append(row)
+            keep_row(row, args.json)
             share = "" if row["of_floor"] is None else f"   {row['of_floor']:.0%} of the floor"
             rivals = "".join(f"   {k[:-2]} {v:.2f} s" for k, v in row.items() if k.startswith("diffusers_"))
             print(
@@ -192,7 +193,7 @@ def main() -> None:
             )
         del model
         torch.cuda.empty_cache()
-    write_rows(rows, args.json)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

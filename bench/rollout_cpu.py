@@ -19,7 +19,7 @@ import torch
 from anyflow_kernels import load_ops
 from anyflow_runtime import accelerate, restore
 
-from .common import check_close, interleaved_medians, machine_line, write_rows
+from .common import add_json_argument, check_close, interleaved_medians, keep_row, machine_line, print_rows
 from .costs import rollout_flops
 from .memory import with_peak_bytes
 from .tiny_pipeline import tiny_pipeline
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_argument(parser)
     args = parser.parse_args()
     print(machine_line("diffusers"))
     rows = []
@@ -108,6 +108,7 @@ def main() -> None:
         for name in args.config:
             row = bench(name, dtype, args.repeats, ceiling)
             rows.append(row)
+            keep_row(row, args.json)
             print(
                 f"{name:<6}{row['dtype']:<9} diffusers {row['diffusers_s']:7.2f} s   ours {row['ours_s']:6.2f} s   "
                 f"{row['speedup']:5.1f}x   peak memory {row['memory_ratio']:.2f}x   "
@@ -115,7 +116,7 @@ def main() -> None:
                 f"error {row['error_with_phantom_keys']:.1e}",
                 flush=True,
             )
-    write_rows(rows, args.json)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

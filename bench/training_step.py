@@ -1,6 +1,6 @@
 """A FAR training step, forward and backward, on our backend against the reference's way of computing it.
 
-python -m bench.training_step [--repeats 5] [--config small wide] [--dtype float32 bfloat16] [--json FILE]
+python -m bench.training_step [--repeats 5] [--config small "1.3B attention"] [--dtype float32 bfloat16] [--json FILE]
 
 The causal training layout: compressed context, three noisy chunks, and their clean copy. On CUDA the reference is the
 `reference` backend with its flex attention compiled, ours is `triton`; on a CPU, where flex attention has no backward,
@@ -26,7 +26,7 @@ from anyflow_kernels.triton_ops.far_attention import flops
 from anyflow_runtime import AnyFlowFARTransformer3DModel
 from anyflow_runtime.training import FarClip, FarVelocity
 
-from .common import check_close, interleaved_medians, machine_line, write_rows
+from .common import add_json_argument, check_close, interleaved_medians, keep_row, machine_line, print_rows
 from .costs import forward_flops
 from .far_attention import Attend, flex_contestant
 from .memory import with_peak_bytes
@@ -37,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "small": {"heads": 4, "head_dim": 64, "layers": 4, "ffn_dim": 1024, "size": (16, 24)},  # 96 tokens a frame
     "wide": {"heads": 12, "head_dim": 128, "layers": 2, "ffn_dim": 8960, "size": (16, 24)},
 }
+ATTENTION = {f"{model} attention": model for model in MODELS}  # on CUDA
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-2}  # bf16: two orders of rounding through the whole backward
 
 
@@ -95,7 +96,7 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
     height, width = config["size"]
     layout = model.layout("train", PARTITION, height, width, clean=True)
     flops = 3 * forward_flops(layout, model.config, 1, TEXT_TOKENS)
-    return {
+    row = {
         "config": name,
         "dtype": str(dtype).removeprefix("torch."),
         "backend": ours,
@@ -109,6 +110,14 @@ def bench(name: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
         "gradient_error": error,
         "ours_gflops": flops / seconds[ours] / 1e9,
     }
+    print(
+        f"{name:<6}{row['dtype']:<9}{row['tokens']} tokens   reference {row['reference_s']:6.2f} s   "
+        f"{row['backend']} {row['ours_s']:6.2f} s   {row['speedup']:.2f}x   peak memory "
+        f"{row['ours_peak_bytes'] / 2**20:.0f} of {row['reference_peak_bytes'] / 2**20:.0f} MiB   "
+        f"{row['ours_gflops']:.0f} GFLOP/s   gradient error {row['gradient_error']:.1e}",
+        flush=True,
+    )
+    return row
 
 
 def bench_attention(model: str, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
@@ -167,29 +176,23 @@ def _flat(gradients: dict[str, Tensor]) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--config", nargs="+", choices=[*CONFIGS, *ATTENTION], default=[*CONFIGS, *ATTENTION])
     default = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=[default])
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_argument(parser)
     args = parser.parse_args()
     print(machine_line("triton", "anyflow-kernels"))
     rows = []
     for dtype in (getattr(torch, name) for name in args.dtype):
         for name in args.config:
-            row = bench(name, dtype, args.repeats)
+            if name in ATTENTION and not torch.cuda.is_available():
+                print(f"skipped: {name} against flex_attention, forward + backward (no CUDA device)")
+                continue
+            make_row = bench_attention if name in ATTENTION else bench
+            row = make_row(ATTENTION.get(name, name), dtype, args.repeats)
             rows.append(row)
-            print(
-                f"{name:<6}{row['dtype']:<9}{row['tokens']} tokens   reference {row['reference_s']:6.2f} s   "
-                f"{row['backend']} {row['ours_s']:6.2f} s   {row['speedup']:.2f}x   peak memory "
-                f"{row['ours_peak_bytes'] / 2**20:.0f} of {row['reference_peak_bytes'] / 2**20:.0f} MiB   "
-                f"{row['ours_gflops']:.0f} GFLOP/s   gradient error {row['gradient_error']:.1e}",
-                flush=True,
-            )
-    if torch.cuda.is_available():
-        rows += [bench_attention(model, getattr(torch, name), args.repeats) for name in args.dtype for model in MODELS]
-    else:
-        print("skipped: attention of the released models against flex_attention, forward + backward (no CUDA device)")
-    write_rows(rows, args.json)
+            keep_row(row, args.json)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

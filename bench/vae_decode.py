@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from anyflow_runtime.wan_vae import WanVAEStreamDecoderCache, WanVAEStreamDecoderConfig
-from bench.common import check_close, interleaved_medians, machine_line, write_rows
+from bench.common import add_json_argument, check_close, interleaved_medians, keep_row, machine_line, print_rows
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    add_json_argument(parser)
     args = parser.parse_args()
 
     contestants = make_contestants(args)
@@ -138,8 +137,9 @@ def main() -> None:
         )
         row = {"contestant": name, "seconds": seconds, "speedup": speedup, "peak_bytes": peak}
         shape = {key: getattr(args, key) for key in ("base_dim", "latents", "chunk", "height", "width", "dtype")}
-        rows.append({**row, "error": errors.get(name, 0.0), **shape, "machine": machine_line("diffusers")})
-    write_rows(rows, args.json)
+        rows.append({**row, "error": errors.get(name, 0.0), **shape})
+        keep_row(rows[-1], args.json)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_ceilings_are_measured() -> None:
 def test_a_bench_ends_in_json_and_draws(operation, no_compiler, monkeypatch, capsys, tmp_path):
     """The whole command on a CPU: machine first, ceilings, what was skipped, every contestant, JSON last, a picture."""
     arguments = ["--tiny", "--repeats", "1", "--shape", "chunk", "--plot", str(tmp_path / "roof.png")]
-    monkeypatch.setattr(sys, "argv", [operation, *arguments, "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(sys, "argv", [operation, *arguments, "--json", str(tmp_path / "rows.jsonl")])
     for ceiling, value in (("copy_bandwidth", 1e10), ("gemm_rate", 1e12)):
         monkeypatch.setattr(kernel_bench, ceiling, lambda *args, value=value: value)
     bench = importlib.import_module(f"bench.{operation}")
@@ -136,8 +136,31 @@ def test_a_bench_ends_in_json_and_draws(operation, no_compiler, monkeypatch, cap
     assert any(line.startswith("skipped: triton") for line in lines)
     rows = json.loads(lines[-1])
     assert {row["contestant"] for row in rows} == {"eager", "compiled", NAME, "torch"}
-    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [{key: row[key] for key in rows[0]} for row in kept] == rows
+    assert all(row["command"].startswith(f"{operation} --tiny") and row["machine"] in lines[0] for row in kept)
     assert (tmp_path / "roof.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("operation", ["unpatchify", "far_attention"])
+def test_a_bench_that_is_killed_keeps_its_rows(operation, no_compiler, monkeypatch, tmp_path):
+    bench = importlib.import_module(f"bench.{operation}")
+    rounds = []
+
+    def medians(functions, repeats):
+        rounds.append(functions)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return dict.fromkeys(functions, 0.25)
+
+    monkeypatch.setattr(bench if operation == "far_attention" else kernel_bench, "interleaved_medians", medians)
+    for module in {kernel_bench, bench}:
+        monkeypatch.setattr(module, "ceilings", lambda *args: (1e10, 1e12), raising=False)
+    monkeypatch.setattr(sys, "argv", [operation, "--tiny", "--json", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main() if operation == "far_attention" else kernel_bench.run(operation, bench.__doc__, bench.cases)
+    kept = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len({row["shape"] for row in kept}) == 2 and {row["ms"] for row in kept} == {250.0}
 
 
 def test_roofline_of_nothing_is_an_error(tmp_path):
