@@ -326,14 +326,17 @@ def test_the_table_decides_what_serves(monkeypatch):
     """A library where the table says so and it can: half precision, every key, no phantom ones. Else the kernel."""
     row = launch_configs.ForwardKernel(arch=launch_configs.architecture(DEVICE), dense="flash", reason="a test")
     monkeypatch.setattr(launch_configs, "FORWARD_KERNELS", (row,))
-    monkeypatch.setattr(forward, "_library_forward", lambda library, *call: library)
+    monkeypatch.setattr(forward, "library_forward", lambda library, *call: library)
     monkeypatch.setattr(forward, "launch_forward", lambda *call: "triton")
+    monkeypatch.setattr(forward, "refused", lambda q, k, v: None if q.itemsize == 2 else "wide")
 
     def served(plan: AttentionPlan, dtype: torch.dtype) -> object:
         q, k, v, _ = inputs(plan, dtype=dtype)
         return forward.choose(q, k, v, tuple(encode(plan.ranges)), plan.phantom_keys)(0.25)
 
-    assert served(AttentionPlan.dense(9, 21), torch.bfloat16) == "flash"
-    assert served(AttentionPlan.dense(9, 21), torch.float32) == "triton"
-    assert served(AttentionPlan.dense(9, 21, phantom_keys=3), torch.bfloat16) == "triton"
-    assert served(GAPS, torch.bfloat16) == "triton"
+    for unproven, expected in ((None, "flash"), ("wrong here", "triton")):
+        monkeypatch.setattr(forward, "unproven", lambda library, q, unproven=unproven: unproven)
+        assert served(AttentionPlan.dense(9, 21), torch.bfloat16) == expected
+        assert served(AttentionPlan.dense(9, 21), torch.float32) == "triton"
+        assert served(AttentionPlan.dense(9, 21, phantom_keys=3), torch.bfloat16) == "triton"
+        assert served(GAPS, torch.bfloat16) == "triton"

@@ -22,6 +22,7 @@ from .. import launch_configs
 from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
 from .attention_tiles import LN2, constants, describable, describe, load_rows, row_strides, scheduled, softmax_step
+from .far_attention_library import LIBRARIES, library_forward, refused, unproven
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, decode, encode
 
 
@@ -118,18 +119,20 @@ def _forward(
         return choose(q, k, v, tuple(ranges), phantom_keys)(scale)
 
 
-def choose(
-    q: Tensor, k: Tensor, v: Tensor, flat: tuple[int, ...], phantom_keys: int
-) -> Callable[[float], tuple[Tensor, Tensor]]:
-    """What serves a forward, given the scale. Decided here alone: what `launch_configs.FORWARD_KERNELS` prefers on this
-    chip where that can take these arguments, else the Triton kernel, which takes all.
+Served = Callable[[float], tuple[Tensor, Tensor]]
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, flat: tuple[int, ...], phantom_keys: int) -> Served:
+    """What serves a forward, given the scale. Decided here alone, the first that can take these arguments: what
+    `launch_configs.FORWARD_KERNELS` prefers on this chip (a library only once it was right here); else the Triton
+    kernel, which takes all.
     """
     arch, runs = launch_configs.architecture(q.device), decode(flat)
     preferred = launch_configs.rows_for(launch_configs.FORWARD_KERNELS, arch)[0]
     dense = phantom_keys == 0 and all(ranges == ((0, k.shape[1]),) for _, _, ranges in runs)
     way = preferred.dense if dense else preferred.ranges
-    if way in ("cudnn", "flash") and dense and q.itemsize == 2:
-        return lambda scale: _library_forward(way, q, k, v, scale)
+    if way in LIBRARIES and dense and refused(q, k, v) is None and unproven(way, q) is None:
+        return lambda scale: library_forward(way, q, k, v, scale)
     if way == "gluon":
         from .far_attention_gluon import launch_gluon, suits  # only where Gluon can run
 
@@ -139,17 +142,6 @@ def choose(
     descriptors = all(map(describable, (q, k, v)))
     config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors)
     return lambda scale: launch_forward(q, k, v, flat, phantom_keys, scale, config)
-
-
-def _library_forward(library: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cuDNN or flash SDPA, every query on every key."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if library == "cudnn":
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
-        lse = lse.squeeze(-1)
-    else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[:2]
-    return out.transpose(1, 2).contiguous(), lse[:, :, : q.shape[2]].contiguous()
 
 
 def launch_forward(
