@@ -102,31 +102,35 @@ class OperationCase:
 
 def operation_cases(sizes: Sizes) -> Iterator[OperationCase]:
     """The cases of every operation at these sizes."""
-    yield from _attention_cases(sizes)
+    for name, plan in attention_plans(sizes).items():
+        yield attention_case(sizes, name, plan)
     yield from _norm_cases(sizes)
     yield from _linear_cases(sizes)
     yield from _patch_cases(sizes)
     yield _step_case(sizes)
 
 
-def _attention_cases(s: Sizes) -> Iterator[OperationCase]:
-    plans = {
+def attention_plans(s: Sizes) -> dict[str, AttentionPlan]:
+    """Every kind of attention of a model."""
+    return {
         "newest chunk": AttentionPlan.from_layout(s.layout("inference")),
         "newest chunk, phantom keys": AttentionPlan.from_layout(s.layout("inference"), phantom_keys=5),
         "prefill": AttentionPlan.from_layout(s.layout("prefill", cached=1)),
         "train, clean copy": AttentionPlan.from_layout(s.layout("train", clean=True)),
         "text": AttentionPlan.dense(s.layout("inference").num_query_tokens, s.text_tokens),
     }
-    for name, plan in plans.items():
 
-        def make(random: Random, plan: AttentionPlan = plan) -> dict[str, Any]:
-            # q is a slice of the fused projection, k and v are the front of longer slabs.
-            q = random(s.batch, plan.num_queries, 3 * s.dim)[..., : s.dim].unflatten(-1, (s.heads, s.head_dim))
-            k, v = (random(s.batch, plan.num_keys + 3, s.heads, s.head_dim)[:, : plan.num_keys] for _ in range(2))
-            return {"q": q, "k": k, "v": v, "plan": plan, "return_lse": True}
 
-        shape = f"{name}: {plan.num_queries} x {plan.num_keys}, {s.heads} x {s.head_dim}"
-        yield OperationCase("far_attention", shape, make, differentiable=("q", "k", "v"))
+def attention_case(s: Sizes, name: str, plan: AttentionPlan) -> OperationCase:
+    """`far_attention` over a plan: q is a slice of the fused projection, k and v are the front of longer slabs."""
+
+    def make(random: Random) -> dict[str, Any]:
+        q = random(s.batch, plan.num_queries, 3 * s.dim)[..., : s.dim].unflatten(-1, (s.heads, s.head_dim))
+        k, v = (random(s.batch, plan.num_keys + 3, s.heads, s.head_dim)[:, : plan.num_keys] for _ in range(2))
+        return {"q": q, "k": k, "v": v, "plan": plan, "return_lse": True}
+
+    shape = f"{name}: {plan.num_queries} x {plan.num_keys}, {s.heads} x {s.head_dim}"
+    return OperationCase("far_attention", shape, make, differentiable=("q", "k", "v"))
 
 
 def _norm_cases(s: Sizes) -> Iterator[OperationCase]:

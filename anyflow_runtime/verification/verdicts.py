@@ -1,6 +1,6 @@
 """One operation or model on one backend against float64: errors, budgets, verdict.
 
-The law is `anyflow_kernels.testing.budget`'s, with two rounding steps for a gradient: a way there and a way back.
+The law is that of `anyflow_kernels.testing`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import Ops, load_ops
-from anyflow_kernels.testing.budget import judge, leaves, map_tensors, relative_error
-from anyflow_kernels.testing.cases import OperationCase, Random
+from anyflow_kernels.testing.budget import Judgement, relative_error
+from anyflow_kernels.testing.cases import OperationCase
+from anyflow_kernels.testing.runs import Results, judge_results, run_case
 
 from .model_cases import ModelCase
-
-Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,12 @@ def verify_operation(
     for subject, backward in ((case.operation, False), (f"{case.operation} backward", True)):
         if backward and not case.differentiable:
             continue
-        low, high = (
-            _run_operation(case, load_ops("reference"), dtype, device, backward, wide=wide) for wide in (False, True)
-        )
+        low = run_case(case, load_ops("reference"), dtype, device, backward)
+        high = run_case(case, load_ops("reference"), dtype, device, backward, wide=True)
         for name, ops in backends.items():
             run = (subject, case.shape, str(dtype).removeprefix("torch."), name)
             try:
-                got = _run_operation(case, ops, dtype, device, backward)
+                got = run_case(case, ops, dtype, device, backward)
             except Exception as error:  # any failure of a kernel is a finding; the other rows are still wanted
                 yield _failed(run, error)
             else:
@@ -87,36 +85,13 @@ def verify_model(
             yield _judge(run, got, low, high)
 
 
-def _run_operation(
-    case: OperationCase, ops: Ops, dtype: torch.dtype, device: torch.device, backward: bool, wide: bool = False
-) -> Results:
-    """The results, or gradients, by name. The inputs are made anew: an operation may write into them."""
-    random = Random(0, dtype, device)
-    inputs = case.make(random)
-    if wide:
-        inputs = map_tensors(torch.Tensor.double, inputs)
-    if backward:
-        for name in case.differentiable:
-            inputs[name] = map_tensors(lambda x: x.detach().requires_grad_(), inputs[name])
-    with torch.set_grad_enabled(backward):
-        out = getattr(ops, case.operation)(**inputs)
-    outs = list(out) if isinstance(out, tuple) else [out]
-    if not backward:
-        return {f"result {i}": t for i, t in enumerate(outs)} | {name: inputs[name] for name in case.written}
-    outs = [t for t in outs if t.requires_grad]
-    seeds = [random(*t.shape, dtype=torch.bfloat16).to(t.dtype) for t in outs]  # exact in every dtype
-    gradients = torch.autograd.grad(outs, leaves([inputs[name] for name in case.differentiable]), seeds)
-    return {f"gradient {i}": t for i, t in enumerate(gradients)}
-
-
 def _judge(run: tuple[str, str, str, str], got: Results, low: Results, high: Results) -> Verdict:
-    verdicts = [_judge_one(run, name, got[name], low[name], high[name]) for name in high]
+    found = judge_results(got, low, high, getattr(torch, run[2]))
+    verdicts = [_verdict(run, found[name], got[name], low[name]) for name in high]
     return max(verdicts, key=lambda v: (not v.ok, max(v.error / v.budget, v.row_error / v.row_budget)))
 
 
-def _judge_one(run: tuple[str, str, str, str], name: str, got: Tensor, low: Tensor, high: Tensor) -> Verdict:
-    steps = 2 if name.startswith("gradient") else 1
-    found = judge(name, got, low, high, steps, getattr(torch, run[2]))
+def _verdict(run: tuple[str, str, str, str], found: Judgement, got: Tensor, low: Tensor) -> Verdict:
     if found.problem:
         return Verdict(*run, problem=found.problem)
     difference = relative_error(got.nan_to_num(nan=0.0), low.nan_to_num(nan=0.0))
