@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A table that `anyflow tune` left on this machine must not decide what the tests launch.
+os.environ["ANYFLOW_TUNING"] = ""
+
 # Shapes are tiny: more threads cost more than they save, far more on a busy machine.
 torch.set_num_threads(1)
 

@@ -327,7 +327,7 @@ def test_the_table_decides_what_serves(monkeypatch):
     row = launch_configs.ForwardKernel(arch=launch_configs.architecture(DEVICE), dense="flash", reason="a test")
     monkeypatch.setattr(launch_configs, "FORWARD_KERNELS", (row,))
     monkeypatch.setattr(forward, "library_forward", lambda library, *call: library)
-    monkeypatch.setattr(forward, "launch_forward", lambda *call: "triton")
+    monkeypatch.setattr(forward, "launch_forward", lambda *call, config: "triton")
     monkeypatch.setattr(forward, "refused", lambda q, k, v: None if q.itemsize == 2 else "wide")
 
     def served(plan: AttentionPlan, dtype: torch.dtype) -> object:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from .gpus import ARCHITECTURES, INTERPRETER, rows_for
+from .tuned import Key, declined, tuned_row
 
 __all__ = [
     "ATTENTION_DKDV", "ATTENTION_DQ", "ATTENTION_FORWARD", "ATTENTION_GLUON", "FORWARD_KERNELS", "AttentionConfig",
-    "ForwardKernel", "attention_programs", "attention_row",
+    "ForwardKernel", "attention_programs", "attention_row", "attention_shape",
 ]  # fmt: skip
 
 
@@ -182,11 +183,18 @@ FORWARD_KERNELS = (
 
 
 def attention_row(
-    table: tuple[AttentionConfig, ...], arch: int, head_dim: int, itemsize: int, descriptors: bool = True
+    table: tuple[AttentionConfig, ...],
+    arch: int,
+    head_dim: int,
+    itemsize: int,
+    descriptors: bool = True,
+    key: Key | None = None,
 ) -> AttentionConfig:
     """The row of an attention table for an architecture, channels per head and bytes per element.
 
-    `descriptors` says whether the tensors can be addressed by descriptors; rows that use them are preferred then.
+    Args:
+        descriptors: whether the tensors can be addressed by descriptors; rows that use them are preferred then.
+        key: of a launch; what was found fastest for it on this machine takes the row's place where it can.
 
     Raises:
         ValueError: if no row serves them.
@@ -197,7 +205,30 @@ def attention_row(
         raise ValueError(
             f"q: got {head_dim} channels per head of {itemsize} bytes, expected at most 128 of 2 or 4 bytes"
         )
-    return min(found, key=lambda r: (not r.descriptors, r.head_dim))
+    row = min(found, key=lambda r: (not r.descriptors, r.head_dim))
+    won = row if key is None else tuned_row(row, arch, key)
+    if won.descriptors and not descriptors and key is not None:
+        declined(key, "strides that no descriptor can have")
+        return row
+    return won
+
+
+FEW_KEYS = 1024  # of a prompt, not of a video
+Runs = tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+
+
+def attention_shape(runs: Runs, num_keys: int, phantom_keys: int) -> str:
+    """The class of calls among which one forward serves.
+
+    Args:
+        runs: `AttentionPlan.ranges`.
+
+    Returns:
+        "ranges", or, where every query sees every key and no phantom one, "dense" or "dense, few keys".
+    """
+    if phantom_keys or any(ranges != ((0, num_keys),) for _, _, ranges in runs):
+        return "ranges"
+    return "dense, few keys" if num_keys <= FEW_KEYS else "dense"
 
 
 INTERPRETED_PROGRAMS = 3

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from .gpus import ARCHITECTURES, INTERPRETER, architecture, rows_for
+from .tuned import Key, choice_for, tuned_row
 
 __all__ = [
     "ELEMENT_TILES", "GEMV_TILES", "LINEAR_GELU", "ROW_TILES", "ElementTile", "GemvTile", "LinearGelu", "RowTile",
@@ -69,13 +70,18 @@ ROW_TILES = (
 )  # fmt: skip
 
 
-@cache
-def row_tile(operation: str, arch: int, channels: int) -> RowTile:
-    """The row of `ROW_TILES` for an operation and D channels.
+def row_tile(operation: str, arch: int, channels: int, dtype: torch.dtype | None = None) -> RowTile:
+    """The row of `ROW_TILES` for an operation and D channels; with the dtype of a launch, what won on this machine.
 
     Raises:
         ValueError: if D is wider than every row.
     """
+    row = _row_tile(operation, arch, channels)
+    return row if dtype is None else tuned_row(row, arch, Key(operation, dtype, channels))
+
+
+@cache
+def _row_tile(operation: str, arch: int, channels: int) -> RowTile:
     found = [r for r in ROW_TILES if r.operation == operation and arch in r.archs]
     fits = [r for r in found if channels <= r.max_channels]
     if not fits:
@@ -115,9 +121,14 @@ ELEMENT_TILES = (
 )  # fmt: skip
 
 
+def element_tile(operation: str, arch: int, dtype: torch.dtype | None = None) -> ElementTile:
+    """The row of `ELEMENT_TILES` for an operation; with the dtype of a launch, what won on this machine."""
+    row = _element_tile(operation, arch)
+    return row if dtype is None else tuned_row(row, arch, Key(operation, dtype))
+
+
 @cache
-def element_tile(operation: str, arch: int) -> ElementTile:
-    """The row of `ELEMENT_TILES` for an operation."""
+def _element_tile(operation: str, arch: int) -> ElementTile:
     return next(r for r in ELEMENT_TILES if r.operation == operation and arch in r.archs)
 
 
@@ -140,9 +151,14 @@ GEMV_TILES = (
 )  # fmt: skip
 
 
+def gemv_tile(arch: int, dtype: torch.dtype | None = None, channels: int = 0) -> GemvTile:
+    """The row of `GEMV_TILES`; with dtype and channels of a launch's projection, what won on this machine."""
+    row = _gemv_tile(arch)
+    return row if dtype is None else tuned_row(row, arch, Key("dual_timestep_embedding", dtype, channels))
+
+
 @cache
-def gemv_tile(arch: int) -> GemvTile:
-    """The row of `GEMV_TILES`."""
+def _gemv_tile(arch: int) -> GemvTile:
     return next(r for r in GEMV_TILES if arch in r.archs)
 
 
@@ -166,6 +182,8 @@ LINEAR_GELU = (
 
 
 @torch.compiler.assume_constant_result
-def linear_gelu_way(device: torch.device) -> str:
-    """The way of `linear_gelu` on a device; a constant to torch.compile."""
-    return rows_for(LINEAR_GELU, architecture(device))[0].way
+def linear_gelu_way(device: torch.device, dtype: torch.dtype) -> str:
+    """The way of `linear_gelu` on a device, the one that won there if any did; a constant to torch.compile."""
+    arch = architecture(device)
+    won = choice_for(arch, Key("linear_gelu", dtype))
+    return rows_for(LINEAR_GELU, arch)[0].way if won is None else won.way

@@ -213,7 +213,7 @@ def _launch(
     proj = t.new_empty(num_rows, out_width, dtype=torch.float32)
     if num_rows == 0:
         return rt, proj
-    tile = gemv_tile(architecture(t.device))
+    tile = gemv_tile(architecture(t.device), proj_weight.dtype, width)
     blocks = _blocks(tile, num_rows, width)
     time_half, delta_half = time_weight_1.shape[1] // 2, delta_weight_1.shape[1] // 2
     # Row blocks vary fastest, so that programs which share a weight tile run together.

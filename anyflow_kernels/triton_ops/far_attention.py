@@ -11,6 +11,7 @@ Source: FlashAttention-2 (arXiv 2307.08691); stream-K (arXiv 2301.03598) for the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from .. import launch_configs
 from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
+from ..launch_configs.tuned import Key, choice_for, declined, tuned_row
 from .attention_tiles import LN2, constants, describable, describe, load_rows, row_strides, scheduled, softmax_step
 from .far_attention_library import LIBRARIES, library_forward, refused, unproven
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, decode, encode
@@ -124,24 +126,35 @@ Served = Callable[[float], tuple[Tensor, Tensor]]
 
 def choose(q: Tensor, k: Tensor, v: Tensor, flat: tuple[int, ...], phantom_keys: int) -> Served:
     """What serves a forward, given the scale. Decided here alone, the first that can take these arguments: what
-    `launch_configs.FORWARD_KERNELS` prefers on this chip (a library only once it was right here); else the Triton
-    kernel, which takes all.
+    `anyflow tune` found fastest on this machine; what `launch_configs.FORWARD_KERNELS` prefers on this chip (a library
+    only once it was right here); the Triton kernel, which takes all.
     """
     arch, runs = launch_configs.architecture(q.device), decode(flat)
+    shape = launch_configs.attention_shape(runs, k.shape[1], phantom_keys)
+    dense, key = shape != "ranges", Key("far_attention", q.dtype, q.shape[3], shape)
+    won = choice_for(arch, key)
     preferred = launch_configs.rows_for(launch_configs.FORWARD_KERNELS, arch)[0]
-    dense = phantom_keys == 0 and all(ranges == ((0, k.shape[1]),) for _, _, ranges in runs)
-    way = preferred.dense if dense else preferred.ranges
-    if way in LIBRARIES and dense and refused(q, k, v) is None and unproven(way, q) is None:
-        return lambda scale: library_forward(way, q, k, v, scale)
-    if way == "gluon":
-        from .far_attention_gluon import launch_gluon, suits  # only where Gluon can run
+    default = preferred.dense if dense else preferred.ranges
+    # Each way with the key of the parameters that won with it.
+    for way, won_key in (*([] if won is None else [(won.way, key)]), (default, None), ("triton", None)):
+        if way == "triton":
+            break
+        if way in LIBRARIES and dense and refused(q, k, v) is None:
+            if won_key is not None or unproven(way, q) is None:
+                return partial(library_forward, way, q, k, v)
+        if way == "gluon":
+            from .far_attention_gluon import launch_gluon, suits  # only where Gluon can run
 
-        for row in launch_configs.ATTENTION_GLUON:
-            if row.arch == arch and suits(q, k, v, runs, row):
-                return lambda scale: launch_gluon(q, k, v, flat, phantom_keys, scale, row)
+            for row in launch_configs.ATTENTION_GLUON:
+                if row.arch == arch and row.head_dim == q.shape[3]:
+                    config = row if won_key is None else tuned_row(row, arch, won_key)
+                    if suits(q, k, v, runs, config):
+                        return partial(launch_gluon, q, k, v, flat, phantom_keys, config=config)
+        if won_key is not None:
+            declined(won_key, f"{way} cannot take these arguments")
     descriptors = all(map(describable, (q, k, v)))
-    config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors)
-    return lambda scale: launch_forward(q, k, v, flat, phantom_keys, scale, config)
+    config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors, won_key)
+    return partial(launch_forward, q, k, v, flat, phantom_keys, config=config)
 
 
 def launch_forward(

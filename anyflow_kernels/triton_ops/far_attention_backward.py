@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import launch_configs
 from ..launch_configs import AttentionConfig, attention_row
+from ..launch_configs.tuned import Key
 from .attention_tiles import LN2, LOG2E, constants, describable, describe, dot, load_rows, row_strides
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule, key_schedule, query_schedule
 
@@ -218,9 +219,10 @@ def _backward(
         grad = grad.contiguous()
     arch = launch_configs.architecture(q.device)
     descriptors = all(map(describable, (q, k, v, grad)))
+    tables = {"far_attention_dq": launch_configs.ATTENTION_DQ, "far_attention_dkdv": launch_configs.ATTENTION_DKDV}
     dq_config, dkdv_config = (
-        attention_row(table, arch, q.shape[3], q.itemsize, descriptors)
-        for table in (launch_configs.ATTENTION_DQ, launch_configs.ATTENTION_DKDV)
+        attention_row(table, arch, q.shape[3], q.itemsize, descriptors, Key(operation, q.dtype, q.shape[3]))
+        for operation, table in tables.items()
     )
     with torch.cuda.device_of(q):  # Triton launches on the current device
         return launch_backward(grad, q, k, v, out, lse, tuple(ranges), scale, dq_config, dkdv_config)

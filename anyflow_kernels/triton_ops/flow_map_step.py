@@ -78,7 +78,7 @@ def _launch(
     lead = x.shape[:dims]
     num_rows, rows_per_batch = math.prod(lead), lead[1] if dims == 2 else 1
     row_size = math.prod(x.shape[dims:])
-    tile = element_tile("flow_map_step", architecture(x.device))
+    tile = element_tile("flow_map_step", architecture(x.device), x.dtype)
     if out.numel():
         with torch.cuda.device_of(x):
             _flow_map_step_kernel[(triton.cdiv(row_size, tile.columns), num_rows)](

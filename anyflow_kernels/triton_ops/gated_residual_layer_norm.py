@@ -116,7 +116,7 @@ def _launch(
     batch, length, width = x.shape
     y = x.new_empty(batch, length, width)
     x_new = None if branch is None else torch.empty_like(y)
-    tile = row_tile("gated_residual_layer_norm", architecture(x.device), width)
+    tile = row_tile("gated_residual_layer_norm", architecture(x.device), width, x.dtype)
     for token, tokens, frame, runs in run_groups(frame_map):
         if batch * tokens == 0:
             continue

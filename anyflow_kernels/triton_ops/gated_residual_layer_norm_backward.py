@@ -152,7 +152,7 @@ def _launch(
     branch, gate, scale, dx_new = (None if t is None else dense_rows(t) for t in (branch, gate, scale, dx_new))
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     batch, length, width = x_new.shape
-    tile = row_tile("gated_residual_layer_norm_backward", architecture(x_new.device), width)
+    tile = row_tile("gated_residual_layer_norm_backward", architecture(x_new.device), width, x_new.dtype)
     tile_map = [triton.cdiv(n, tile.rows) if i % 2 else n for i, n in enumerate(frame_map)]
     num_tiles = sum(f * t for f, t in zip(tile_map[0::2], tile_map[1::2], strict=True))
     dx = x_new.new_empty(batch, length, width)

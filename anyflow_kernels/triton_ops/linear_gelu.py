@@ -4,7 +4,7 @@
 
 (the same function as 0.5 * h * (1 + tanh(u)), without the cancellation at large negative h).
 
-Two ways, chosen per chip in `launch_configs.LINEAR_GELU` where no gradient is needed:
+Two ways, chosen by `launch_configs.linear_gelu_way` where no gradient is needed:
     "cublaslt"  bias and GELU in the epilogue of the GEMM (aten::_addmm_activation, tanh-GELU on CUDA): no pass
     "triton"    torch.mm, then one pass that adds the bias in fp32
 Training always takes the second, which keeps the GEMM's output for the backward.
@@ -84,7 +84,7 @@ def _launch(h: Tensor, bias: Tensor | None) -> Tensor:
     h = h.contiguous()
     y = torch.empty_like(h)
     num_rows, width = h.shape
-    tile = element_tile("bias_gelu", architecture(h.device))
+    tile = element_tile("bias_gelu", architecture(h.device), h.dtype)
     if y.numel():
         grid = (triton.cdiv(num_rows, tile.rows), triton.cdiv(width, tile.columns))
         with torch.cuda.device_of(h):
@@ -105,7 +105,7 @@ def _launch_backward(dy: Tensor, h: Tensor, bias: Tensor | None) -> list[Tensor]
     dy, h = dy.contiguous(), h.contiguous()
     dh = torch.empty_like(h)
     num_rows, width = h.shape
-    tile = element_tile("bias_gelu_backward", architecture(h.device))
+    tile = element_tile("bias_gelu_backward", architecture(h.device), h.dtype)
     num_groups = triton.cdiv(num_rows, tile.group)
     partial = None if bias is None else h.new_empty(1, num_groups, width, dtype=torch.float32)
     if dh.numel():
@@ -165,7 +165,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_dtype("x", x)
     rows = x.reshape(-1, x.shape[-1])
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if bias is not None and not needs_grad and linear_gelu_way(x.device) == "cublaslt":
+    if bias is not None and not needs_grad and linear_gelu_way(x.device, x.dtype) == "cublaslt":
         y = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
     else:
         y = torch.ops.anyflow.bias_gelu(torch.mm(rows, weight.t()), bias)

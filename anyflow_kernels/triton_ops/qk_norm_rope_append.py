@@ -116,7 +116,7 @@ def _launch(
     q = _empty_heads(qkv, heads)
     if q.numel() == 0:
         return q
-    tile = row_tile("qk_norm_rope_append", architecture(qkv.device), width // 3)
+    tile = row_tile("qk_norm_rope_append", architecture(qkv.device), width // 3, qkv.dtype)
     with torch.cuda.device_of(qkv):
         _qk_norm_rope_append_kernel[(length, batch)](
             qkv,

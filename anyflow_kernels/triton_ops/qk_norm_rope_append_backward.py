@@ -155,7 +155,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv, qkv, cos, sin = (dense_rows(x) for x in (dq, dk, dv, qkv, cos, sin))
     batch, length, width = qkv.shape
-    tile = row_tile("qk_norm_rope_append_backward", architecture(qkv.device), width // 3)
+    tile = row_tile("qk_norm_rope_append_backward", architecture(qkv.device), width // 3, qkv.dtype)
     num_groups = triton.cdiv(length, tile.rows)
     dqkv = qkv.new_empty(batch, length, width)
     partial_q, partial_k = (qkv.new_empty(batch, num_groups, width // 3, dtype=torch.float32) for _ in range(2))

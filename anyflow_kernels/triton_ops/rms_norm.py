@@ -81,7 +81,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     rows = dense_rows(x.reshape(-1, width))
     y = x.new_empty(x.shape)
-    tile = row_tile("rms_norm", architecture(x.device), width)
+    tile = row_tile("rms_norm", architecture(x.device), width, x.dtype)
     if y.numel():
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(triton.cdiv(rows.shape[0], tile.rows),)](
@@ -102,7 +102,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _launch_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     rows, grads = dense_rows(x.reshape(-1, width)), dense_rows(dy.reshape(-1, width))
-    tile = row_tile("rms_norm_backward", architecture(x.device), width)
+    tile = row_tile("rms_norm_backward", architecture(x.device), width, x.dtype)
     num_groups = triton.cdiv(rows.shape[0], tile.rows)
     dx = x.new_empty(x.shape)
     partial = x.new_empty(1, num_groups, width, dtype=torch.float32)
