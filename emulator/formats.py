@@ -8,6 +8,7 @@
     e5m2      8      5          2     57344       yes     0x7f
     f32      32      8         23     3.40e38     yes     0x7fffffff
     f64      64     11         52     1.80e308    yes     as it came
+    ue8m0     8      8          0     2^127       no      0xff         scales of blocks: powers of two; decoded only
 
 Source: PTX ISA 9.0, 5.2.3 "Alternate Floating-Point Data Formats" and 9.7.9.21 "cvt" (rounding, .satfinite, canonical
 NaN).
@@ -62,7 +63,7 @@ def decode(bits: np.ndarray, fmt: str) -> np.ndarray:
     Args:
         bits: unsigned integers of at least the format's width, any shape; higher bits are ignored. tf32 ignores its
             low 13 bits, as the tensor cores do.
-        fmt: "f16", "bf16", "tf32", "e4m3", "e5m2", "f32" or "f64".
+        fmt: "f16", "bf16", "tf32", "e4m3", "e5m2", "f32", "f64" or "ue8m0".
 
     Returns: float32 (float64 for "f64"), exact.
 
@@ -72,6 +73,9 @@ def decode(bits: np.ndarray, fmt: str) -> np.ndarray:
         return np.asarray(bits, np.uint64).view(np.float64)
     if fmt in _TABLES:
         return _TABLES[fmt][np.asarray(bits) & 0xFF]
+    if fmt == "ue8m0":
+        exponent = np.asarray(bits).astype(np.int32) & 0xFF
+        return np.where(exponent == 0xFF, np.nan, np.ldexp(1.0, exponent - 127)).astype(np.float32)
     if fmt == "f16":
         return np.asarray(bits).astype(np.uint16).view(np.float16).astype(np.float32)
     if fmt == "bf16":
@@ -80,7 +84,7 @@ def decode(bits: np.ndarray, fmt: str) -> np.ndarray:
         return (np.asarray(bits).astype(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     if fmt == "f32":
         return np.asarray(bits).astype(np.uint32).view(np.float32)
-    raise ValueError(f"fmt: got {fmt!r}, expected one of {[*FORMATS, 'f64']}")
+    raise ValueError(f"fmt: got {fmt!r}, expected one of {[*FORMATS, 'f64', 'ue8m0']}")
 
 
 def _encode_numpy(x: np.ndarray, fmt: str) -> np.ndarray:

@@ -112,6 +112,7 @@ def multiply(
     saturate: bool = False,
     negate_a: bool = False,
     negate_b: bool = False,
+    scales: tuple[np.ndarray, np.ndarray] | None = None,
     hopper_fp8: bool = False,
 ) -> list[np.ndarray]:
     """D = A B + C on matrices of bit patterns; accumulators in registers. This is wgmma; mma.sync brings its operands
@@ -126,6 +127,7 @@ def multiply(
         d_fmt: "f32", "f16", "s32" or "f64", of C and D.
         saturate: .satfinite of s32: clamp instead of wrapping around.
         negate_a, negate_b: imm-scale-a, imm-scale-b of -1.
+        scales: one per row of A [..., M] and per column of B [..., N], multiplied into the products (.block_scale).
         hopper_fp8: sum FP8 products as Hopper is described to: aligned to the largest term, 14 bits kept, a 22-bit
             accumulator (8 exponent, 13 mantissa bits) instead of fp32.
 
@@ -138,6 +140,8 @@ def multiply(
     x, y = _values(a, a_fmt), _values(b, b_fmt)
     if negate_a != negate_b:
         x = -x
+    if scales is not None:  # powers of two: exact
+        x, y = x * scales[0][..., None], y * scales[1][..., None]
     old = accumulator(c, d_fmt, x.shape[-2]) if c is not None else np.zeros((*x.shape[:-1], y.shape[-2]))
     with np.errstate(invalid="ignore", over="ignore"):  # infinities and NaN are values like others
         if hopper_fp8 and {a_fmt, b_fmt} <= {"e4m3", "e5m2"}:
@@ -162,6 +166,7 @@ def mma_sync(
     d_fmt: str = "f32",
     *,
     saturate: bool = False,
+    scales: tuple[np.ndarray, np.ndarray] | None = None,
     hopper_fp8: bool = False,
     rows: int = 16,
 ) -> list[np.ndarray]:
@@ -169,7 +174,7 @@ def mma_sync(
 
     Args:
         a, b, c: fragments: lists of uint32 arrays [..., 32] (f64: uint64), leading axes are warps.
-        a_fmt, b_fmt, d_fmt, saturate, hopper_fp8: see `multiply`.
+        a_fmt, b_fmt, d_fmt, saturate, scales, hopper_fp8: see `multiply`.
         rows: of A.
 
     Returns: the registers of D.
@@ -179,7 +184,26 @@ def mma_sync(
     x, y = operand(a, a_fmt, rows=rows), operand(b, b_fmt, is_b=True)
     if x.shape[-1] != y.shape[-1]:
         raise ValueError(f"b: got {len(b)} registers, K = {y.shape[-1]}, expected K = {x.shape[-1]} as A has")
-    return multiply(x, y, c, a_fmt, b_fmt, d_fmt, saturate=saturate, hopper_fp8=hopper_fp8)
+    return multiply(x, y, c, a_fmt, b_fmt, d_fmt, saturate=saturate, scales=scales, hopper_fp8=hopper_fp8)
+
+
+def block_scales(register: np.ndarray, byte: int, thread: int, is_b: bool = False) -> np.ndarray:
+    """The ue8m0 scales of mma.sync with .block_scale and .scale_vec::1X, sm_120: one of each row or column.
+
+    Args:
+        register: uint32 [..., 32].
+        byte: which of its four bytes, 0 to 3 (byte-id).
+        thread: whose register (thread-id): of A 0 or 1, lanes 4 g + 2 thread and the next hold rows g and g + 8; of B
+            0 to 3, lane 4 g + thread holds column g.
+
+    Returns: float64 [..., 16] of A, [..., 8] of B.
+
+    Source: PTX ISA 9.0, 9.7.14.3 "Block Scaling for mma.sync".
+    """
+    values = decode((register >> np.uint32(8 * byte)) & np.uint32(0xFF), "ue8m0").astype(np.float64)
+    if is_b:
+        return values[..., thread::4]
+    return np.concatenate([values[..., 2 * thread :: 4], values[..., 2 * thread + 1 :: 4]], axis=-1)
 
 
 def matrix_addresses(rows: np.ndarray, count: int, transposed: bool = False) -> np.ndarray:

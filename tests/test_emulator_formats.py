@@ -145,6 +145,12 @@ def test_tf32_operands_ignore_their_low_bits():
     assert decode(np.uint32([0x3F801FFF]), "tf32") == 1.0
 
 
+def test_scales_of_blocks_are_powers_of_two():
+    values = decode(np.arange(256, dtype=np.uint8), "ue8m0")
+    np.testing.assert_array_equal(values[:255], 2.0 ** (np.arange(255) - 127.0))
+    assert np.isnan(values[255])
+
+
 def test_rejects_unknown_names():
     with pytest.raises(ValueError, match="fmt: got 'e3m4'"):
         encode(np.float32(1), "e3m4")

@@ -8,6 +8,7 @@ from emulator.formats import decode, encode
 from emulator.tensor_cores import (
     accumulator,
     accumulator_registers,
+    block_scales,
     matrix_addresses,
     mma_sync,
     multiply,
@@ -134,6 +135,25 @@ def test_mma_of_float64_on_ampere():
     want = a @ b + c
     for i in (0, 1):
         np.testing.assert_allclose(got[i].view(np.float64), want[places[0], places[1] + i], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("byte_a", "thread_a", "byte_b", "thread_b"), [(0, 0, 0, 0), (3, 1, 2, 3)])
+def test_block_scales_of_rows_and_columns(byte_a, thread_a, byte_b, thread_b):
+    rng = np.random.default_rng(0)
+    (a_bits, a), (b_bits, b) = numbers(rng, (WARPS, 16, 32), "e4m3"), numbers(rng, (WARPS, 32, 8), "e5m2")
+    scale_a, scale_b = rng.integers(120, 134, (WARPS, 16)), rng.integers(120, 134, (WARPS, 8))
+    # What is not selected would double everything a hundred times over.
+    register_a, register_b = (np.full((WARPS, 32), 0xE0E0E0E0, np.uint32) for _ in "ab")
+    for row in range(16):
+        lane = 4 * (row % 8) + 2 * thread_a + row // 8
+        register_a[:, lane] = register_a[:, lane] & ~np.uint32(0xFF << 8 * byte_a) | scale_a[:, row] << 8 * byte_a
+    for column in range(8):
+        lane = 4 * column + thread_b
+        register_b[:, lane] = register_b[:, lane] & ~np.uint32(0xFF << 8 * byte_b) | scale_b[:, column] << 8 * byte_b
+    scales = block_scales(register_a, byte_a, thread_a), block_scales(register_b, byte_b, thread_b, is_b=True)
+    got = multiply(a_bits, b_bits.swapaxes(1, 2), None, "e4m3", "e5m2", scales=scales)
+    want = (a @ b) * 2.0 ** (scale_a[:, :, None] - 127) * 2.0 ** (scale_b[:, None, :] - 127)
+    np.testing.assert_array_equal(accumulator(got, "f32"), want.astype(np.float32))
 
 
 def test_integers_wrap_or_saturate():
