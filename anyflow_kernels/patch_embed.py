@@ -4,8 +4,9 @@
 
 A patch embedding is a Conv3d whose stride is its kernel, so it is one GEMM on latents rearranged to (tokens, features).
 The extension packs them straight from strided (B, F, C, H, W), converting to the dtype of the GEMM, which then writes
-into the caller's token slab. For N tokens of K features: N*K elements read, packed and read again, N*D written;
-2*N*K*D FLOPs. Source: diffusers transformer_anyflow_far.py, `patch_embedding` and `far_patch_embedding`.
+into the caller's token slab; without the extension PyTorch rearranges and copies. For N tokens of K features: N*K
+elements read, packed and read again, N*D written; 2*N*K*D FLOPs.
+Source: diffusers transformer_anyflow_far.py, `patch_embedding` and `far_patch_embedding`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 try:
@@ -26,12 +29,23 @@ except ImportError as error:
 else:
     _load_error = None
 
-__all__ = ["extension_available", "patch_embed", "unpatchify"]
+__all__ = ["extension_available", "extension_obstacle", "patch_embed", "unpatchify"]
 
 
 def extension_available() -> bool:
-    """Whether the C++ extension is built and loads; `patch_embed` and `unpatchify` need it."""
+    """Whether the C++ extension is built and loads; without it `patch_embed` and `unpatchify` are slower."""
     return _load_error is None
+
+
+def extension_obstacle() -> str | None:
+    """Why the C++ extension does not load here, what that costs and what to do; None if it does."""
+    if _load_error is None:
+        return None
+    return (
+        f"not built, or does not load here ({_load_error}): patch embedding and unpatchify run in plain PyTorch, with "
+        "more passes over the latents. To build it, in the source tree: pip install -e . --no-build-isolation (needs "
+        "torch and a C++ compiler; unset ANYFLOW_NO_EXT)"
+    )
 
 
 def patch_embed(
@@ -48,15 +62,17 @@ def patch_embed(
     may be a slice of a larger one. If anything requires grad, autograd records the write.
 
     Raises:
-        RuntimeError: if the C++ extension is not built, or on what would leave the memory of an argument.
+        RuntimeError: on what would leave the memory of an argument.
     """
-    _require_extension()
+    if bias is not None:
+        bias = bias.contiguous()  # the GEMMs read a bias as dense
     if out is None:
-        return torch.ops.anyflow.patch_embed(latents, weight, bias)
+        return _embed(latents, weight, bias)
     written = out[:, offset : offset + _token_count(latents.shape, patch_size)]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (latents, weight, bias, out)):
-        # An operation that mutates its argument cannot carry an autograd formula: let the copy record the write.
-        return written.copy_(torch.ops.anyflow.patch_embed(latents, weight, bias))
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (latents, weight, bias, out))
+    # An operation that mutates its argument cannot carry an autograd formula: let the copy record the write.
+    if recorded or not extension_available():
+        return written.copy_(_embed(latents, weight, bias))
     torch.ops.anyflow.patch_embed_out(latents, weight, bias, out, offset)
     return written
 
@@ -65,21 +81,25 @@ def unpatchify(tokens: Tensor, grid: Sequence[int], patch_size: Sequence[int], c
     """See `anyflow_kernels.operations.Ops.unpatchify`, which checks the arguments. Tokens may be a strided slice.
 
     Raises:
-        RuntimeError: if the C++ extension is not built, or on what would leave the memory of an argument.
+        RuntimeError: on what would leave the memory of an argument.
     """
-    _require_extension()
+    if not extension_available():
+        (f, h, w), (pt, ph, pw) = grid, patch_size
+        places = {"f": f, "h": h, "w": w, "pt": pt, "ph": ph, "pw": pw}
+        return rearrange(tokens, "b (f h w) (pt ph pw c) -> b (f pt) c (h ph) (w pw)", **places).contiguous()
     frames, rows, columns = (n * p for n, p in zip(grid, patch_size, strict=True))
     size = [tokens.shape[0], frames, channels, rows, columns]
     return torch.ops.anyflow.unpack_patches(tokens, size, patch_size, True, tokens.dtype)
 
 
-def _require_extension() -> None:
-    if _load_error is not None:
-        raise RuntimeError(
-            "anyflow_kernels was installed without its C++ extension, or it does not load here. Build it in the source "
-            "tree: pip install -e . --no-build-isolation (needs torch and a C++ compiler; unset ANYFLOW_NO_EXT). "
-            f"Import failed with: {_load_error}"
-        )
+def _embed(latents: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if extension_available():
+        return torch.ops.anyflow.patch_embed(latents, weight, bias)
+    pt, ph, pw = weight.shape[2:]
+    frames, rows, columns = latents.shape[1] // pt * pt, latents.shape[3] // ph * ph, latents.shape[4] // pw * pw
+    whole = latents[:, :frames, :, :rows, :columns].to(weight.dtype)
+    packed = rearrange(whole, "b (f pt) c (h ph) (w pw) -> b (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    return F.linear(packed, weight.flatten(1), bias)
 
 
 def _fake_patch_embed(latents: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

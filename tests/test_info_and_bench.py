@@ -27,9 +27,10 @@ def test_info_says_why_a_backend_cannot_run(capsys, monkeypatch):
 
 
 def test_info_says_how_to_build_the_extension(capsys, monkeypatch):
-    monkeypatch.setattr("anyflow_kernels.patch_embed.extension_available", lambda: False)
+    monkeypatch.setattr("anyflow_kernels.patch_embed._load_error", ImportError("no _C"))
     assert main(["info"]) == 0
-    assert "not built: python setup.py build_ext --inplace" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "not built" in out and "pip install -e . --no-build-isolation" in out and "plain PyTorch" in out
 
 
 def test_info_prints_the_launch_configs_with_their_reasons(capsys):

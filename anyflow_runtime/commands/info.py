@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from anyflow_kernels import available_backends, load_ops
-    from anyflow_kernels.patch_embed import extension_available
+    from anyflow_kernels.patch_embed import extension_obstacle
 
     print(f"Python          {platform.python_version()} ({sys.executable})")
     print(f"system          {platform.platform()}, {os.cpu_count()} cores")
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{package:16}{_version(package)}")
     for line in _devices():
         print(f"device          {line}")
-    built = "built" if extension_available() else "not built: python setup.py build_ext --inplace (or pip install -e .)"
-    print(f"C++ extension   {built}")
+    print(f"C++ extension   {extension_obstacle() or 'built'}")
     for name, obstacle in available_backends().items():
         print(f"backend         {name:10} {'can run' if obstacle is None else f'cannot run: {obstacle}'}")
     print(f"auto            {load_ops('auto').backend}")
