@@ -307,6 +307,7 @@ class Ops:
             tokens, slab = size[0] * size[1] * size[2], (latents.shape[0], out.shape[1], weight.shape[0])
             _expect(tuple(out.shape) == slab, "out", tuple(out.shape), "(B, T, D) = {}", slab)
             _expect(out.stride(2) == 1, "out.stride", out.stride(), "a dense last dimension")
+            _expect(not out.is_neg(), "out", "a negated view", "a tensor that can be written (out.resolve_neg())")
             fits = 0 <= offset and offset + tokens <= out.shape[1]
             _expect(fits, "offset", offset, "0 <= offset and offset + {} tokens <= T={}", tokens, out.shape[1])
         return self._implementation.patch_embed(latents, weight, bias, patch_size, out, offset)

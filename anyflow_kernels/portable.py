@@ -151,14 +151,19 @@ def qk_norm_rope_append(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _prefers_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "none", [], "")
+    return F.linear(x, weight, _dense(bias))
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    """oneDNN reads a bias without its stride."""
+    return None if bias is None else bias.contiguous()
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _prefers_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-    hidden = F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, _dense(bias), "gelu", [], "tanh")
+    hidden = F.linear(x, weight, _dense(bias))
     if torch.is_grad_enabled() and hidden.requires_grad:
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")

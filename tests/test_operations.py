@@ -109,6 +109,7 @@ BAD: list[tuple[str, str, Args]] = [
     ("patch_embed", "out", {"out": torch.ones(2, 60, 5).half()}),
     ("patch_embed", "out", {"out": torch.ones(2, 5, 60).transpose(1, 2)}),
     ("patch_embed", "out", {"out": torch.ones(60, 5)}),
+    ("patch_embed", "out", {"out": torch._neg_view(torch.ones(2, 60, 5))}),
     ("patch_embed", "bias", {"bias": torch.ones(5).double()}),
     ("patch_embed", "weight", {"weight": torch.ones(5, 4, 1, 2, 2, device="meta")}),
     ("patch_embed", "weight", {"weight": torch.ones(5, 4, 1, 2, 2, dtype=torch.long)}),

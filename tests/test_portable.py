@@ -163,6 +163,26 @@ def test_linear(operation: str, bias: bool, dtype: torch.dtype) -> None:
     assert_within_budget(operation, {"x": x, "weight": weight, "bias": randn(19, dtype=dtype) if bias else None})
 
 
+@every_dtype
+@pytest.mark.parametrize("view", ["every second", "expanded", "column"])
+@pytest.mark.parametrize("operation", ["linear", "linear_gelu", "patch_embed"])
+def test_a_bias_of_any_stride(operation: str, view: str, dtype: torch.dtype) -> None:
+    """oneDNN reads a bias as dense: an expanded one was read out of bounds."""
+    torch.manual_seed(0)
+    bias = {
+        "every second": randn(38, dtype=dtype)[::2],
+        "expanded": randn(1, dtype=dtype).expand(19),
+        "column": randn(19, 3, dtype=dtype)[:, 1],
+    }[view]
+    if operation == "patch_embed":
+        patch = (1, 2, 2)
+        args = {"latents": randn(2, 3, 4, 6, 8, dtype=dtype), "weight": randn(19, 4, *patch, dtype=dtype)}
+        assert_within_budget(operation, {**args, "bias": bias, "patch_size": patch})
+    else:
+        x, weight = strided(2, 5, 37, dtype=dtype), randn(19, 37, dtype=dtype)
+        assert_within_budget(operation, {"x": x, "weight": weight, "bias": bias})
+
+
 @pytest.mark.parametrize("operation", ["linear", "linear_gelu"])
 def test_linear_of_no_tokens(operation: str) -> None:
     out = getattr(TORCH, operation)(torch.ones(2, 0, 8), torch.ones(3, 8), torch.ones(3))
