@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .commands import COMMANDS, UsageError, load_command
+from .threads import settle_threads
 
 _LONGEST_MESSAGE = 600
 # What input can cause: our own checks, files, libraries, a full device. Anything else is a defect, with a traceback.
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (that of the process if None) and return the exit code."""
+    settle_threads()
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     program = " ".join(["anyflow", *(name for name in arguments[:1] if name in COMMANDS)])

@@ -7,7 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from anyflow_runtime.threads import settle_threads
+
+settle_threads()  # before torch is loaded
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..threads import suit_threads
 from . import UsageError
 
 if TYPE_CHECKING:
@@ -121,10 +122,11 @@ def model_directory(path: str, text: bool = True) -> ModelDirectory:
     return _as_option(read_model_directory, path, text=text)
 
 
-def open_pipeline(model: ModelDirectory, **settings: Any) -> StreamInferencePipeline:
-    """`open_model`, whose errors name `--model`."""
+def open_pipeline(model: ModelDirectory, size: tuple[int, int], **settings: Any) -> StreamInferencePipeline:
+    """`open_model`, whose errors name `--model`, on threads that suit videos of `size` = (height, width)."""
     from ..streaming import open_model
 
+    suit_threads(model.chunk_tokens(size), model.channels)
     return _as_option(open_model, model, **settings)
 
 

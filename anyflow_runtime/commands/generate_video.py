@@ -47,6 +47,7 @@ class GeneratedVideo:
                 _hide_loading_bars()
             pipeline: Any = open_pipeline(
                 request.model,
+                request.size,
                 text=request.prompt is not None,
                 decode=self._together.first,
                 **{name: getattr(request, name) for name in OPTIONS},

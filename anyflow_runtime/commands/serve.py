@@ -116,7 +116,13 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
     from ..serving.videos import VideoStore
 
     pipeline = open_pipeline(
-        model, device=device, dtype=dtype, backend=args.backend, steps=args.steps, compile=args.compile
+        model,
+        (limits.max_height, limits.max_width),
+        device=device,
+        dtype=dtype,
+        backend=args.backend,
+        steps=args.steps,
+        compile=args.compile,
     )
     videos = VideoStore()
     engine = StreamEngine(pipeline, videos, limits, model.default_zoom)

@@ -59,6 +59,16 @@ class ModelDirectory:
         return self.spatial_ratio * max(self.transformer.get("patch_size", (1, 2, 2))[1:])
 
     @property
+    def channels(self) -> int:
+        """Channels of the transformer's tokens."""
+        return self.transformer.get("num_attention_heads", 40) * self.transformer.get("attention_head_dim", 128)
+
+    def chunk_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of the longest chunk, at so many pixels of height and width."""
+        rows, columns = (side // self.size_multiple for side in size)
+        return max(self.chunk_partition or (1,)) * rows * columns
+
+    @property
     def default_size(self) -> tuple[int, int]:
         """Height and width the model was made for."""
         return (480, 832) if self.pixels is None else (self.pixels.height, self.pixels.width)
