@@ -7,7 +7,6 @@ changes, to one that is diffusers' and ours at once and takes `forward`, or `ste
 
 from __future__ import annotations
 
-import sys
 import types
 import weakref
 from typing import Any, TypeVar
@@ -131,15 +130,13 @@ def _merged_scheduler(theirs: Any) -> type:
     from .schedulers import FlowMapEulerDiscreteScheduler  # it imports diffusers, which a pipeline has done already
 
     ours: Any = FlowMapEulerDiscreteScheduler
-    output = getattr(sys.modules[theirs.__module__], f"{_SCHEDULER}Output")
 
     def step(
         self: Any, model_output: Tensor, timestep: Any, sample: Tensor, r_timestep: Any = None, return_dict: bool = True
     ) -> Any:
         if any(isinstance(time, Tensor) and time.numel() > 1 for time in (timestep, r_timestep)):
             return theirs.step(self, model_output, timestep, sample, r_timestep, return_dict)
-        result = ours.step(self, model_output, timestep, sample, r_timestep, return_dict=False)
-        return output(*result) if return_dict else result
+        return ours.step(self, model_output, timestep, sample, r_timestep, return_dict)
 
     def reduce(self: Any) -> tuple[Any, ...]:  # a pickle or a copy is diffusers' own: no module knows this class
         return _with_state, (theirs, {name: value for name, value in vars(self).items() if name != "_transformer"})

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, accelerate, restore
+from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, FarCache, accelerate, restore
+from anyflow_runtime.schedulers import FlowMapEulerDiscreteScheduler
 from bench.tiny_pipeline import tiny_pipeline
 
 from .parity import FP32_TOLERANCE, relative_error
@@ -62,6 +63,35 @@ def test_same_generator_same_video(name: str, causal: bool) -> None:
     assert accelerate(pipe, match_diffusers_padding=True) is pipe
     assert isinstance(pipe.transformer, AnyFlowFARTransformer3DModel if causal else AnyFlowTransformer3DModel)
     assert relative_error(video(), want) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["far", "bidirectional"])
+def test_outputs_are_those_of_diffusers(causal: bool) -> None:
+    """Tuple equality, values(), keys and isinstance, as a user of diffusers has them."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.models.transformers.transformer_anyflow_far import AnyFlowFARTransformerOutput
+    from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteSchedulerOutput
+
+    pipe = accelerate(make(causal))
+    x, times, text = torch.randn(1, 2, 16, 4, 6), torch.full((1, 2), 500.0), torch.randn(1, 3, 16)
+    model = pipe.transformer
+    arguments = {"hidden_states": x, "timestep": times, "r_timestep": times / 2, "encoder_hidden_states": text}
+    kind: Any = Transformer2DModelOutput
+    if causal:
+        cached = model(x[:, :1], times[:, :1] * 0, times[:, :1] * 0, text, (1,), kv_cache=FarCache.for_model(
+            model, (1, 1), 4, 6, 1), kv_cache_flag={"is_cache_step": True})  # fmt: skip
+        assert isinstance(cached, AnyFlowFARTransformerOutput) and cached.sample is None
+        assert list(cached.keys()) == ["kv_cache"] and cached.to_tuple() == (cached.kv_cache,)
+        arguments = {name: value[:, :1] if value is not text else text for name, value in arguments.items()}
+        arguments |= {"chunk_partition": (1, 1), "kv_cache": cached.kv_cache}
+        kind = AnyFlowFARTransformerOutput
+    out = model(**arguments)
+    assert isinstance(out, kind) and next(iter(out.values())) is out.sample is out[0] is out["sample"]
+    step = pipe.scheduler.step(out.sample, 500.0, out.sample, 250.0)
+    ours = FlowMapEulerDiscreteScheduler().step(out.sample, 500.0, out.sample, 250.0)
+    for result in (step, ours):
+        assert isinstance(result, FlowMapEulerDiscreteSchedulerOutput)
+        assert result.to_tuple() == tuple(result.values()) == (result.prev_sample,)
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np"])

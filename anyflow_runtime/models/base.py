@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +22,6 @@ from .parameters import apply_linear, onloaded
 from .rotary import RotaryTables
 from .token_shards import TokenSharing, take
 from .workspaces import IdleWorkspaces
-
-
-@dataclass
-class TransformerOutput:
-    """The predicted average velocity, (B, F, C, H, W). Also indexable like a tuple."""
-
-    sample: Tensor
-
-    def __getitem__(self, index: int | str) -> Any:
-        return getattr(self, index) if isinstance(index, str) else (self.sample,)[index]
 
 
 class AnyFlowModel(CheckpointMixin, nn.Module):

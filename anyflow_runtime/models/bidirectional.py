@@ -12,10 +12,11 @@ from torch import Tensor
 
 from anyflow_kernels import AttentionPlan, FarLayout
 
-from .base import AnyFlowModel, TransformerOutput
+from .base import AnyFlowModel
 from .blocks import BlockInputs
 from .checks import check_frame_count, check_parallel, check_video
 from .conditioning import embed_times
+from .outputs import TransformerOutput, output
 from .prompt_keys import PromptKeys
 
 
@@ -104,4 +105,4 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
             prompt=PromptKeys(self.condition_embedder, *prompt),
         )
         sample = self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
-        return TransformerOutput(sample) if return_dict else (sample,)
+        return output(TransformerOutput, sample=sample) if return_dict else (sample,)

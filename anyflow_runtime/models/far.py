@@ -7,7 +7,6 @@ forward of diffusers' src/diffusers/models/transformers/transformer_anyflow_far.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from anyflow_kernels import AttentionPlan, FarLayout, Segment
 
-from .base import AnyFlowModel, TransformerOutput
+from .base import AnyFlowModel
 from .blocks import BlockInputs
 from .cache import Context, FarCache
 from .checks import check_cache, check_context, check_frame_count, check_parallel, check_video, expect
 from .conditioning import embed_times
+from .outputs import AnyFlowFARTransformerOutput, TransformerOutput, output
 from .parameters import warm_start_compressed_weight
 from .prompt_keys import CrossAttentionKeys, PromptKeys
 from .reference_cache import adopt_reference_cache
@@ -27,17 +27,6 @@ from .token_shards import HeldKeys
 from .workspaces import Slabs
 
 PHANTOM_BLOCK = 128  # the reference pads inference queries and keys with zeros to this multiple
-
-
-@dataclass
-class AnyFlowFARTransformerOutput(TransformerOutput):
-    """The velocity of the newest chunk, None after a cache step, and the cache. Also indexable like a tuple."""
-
-    sample: Tensor | None  # type: ignore[assignment]
-    kv_cache: Any = None
-
-    def __getitem__(self, index: int | str) -> Any:
-        return getattr(self, index) if isinstance(index, str) else (self.sample, self.kv_cache)[index]
 
 
 class AnyFlowFARTransformer3DModel(AnyFlowModel):
@@ -183,7 +172,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         if kv_cache is None:
             clean = (clean_hidden_states, clean_timestep)
             velocity = self._train(hidden_states, timestep, r_timestep, prompt, partition, *clean)
-            return TransformerOutput(velocity) if return_dict else (velocity,)
+            return output(TransformerOutput, sample=velocity) if return_dict else (velocity,)
 
         expect(clean_hidden_states is None, "clean_hidden_states", "a tensor with kv_cache", "None outside training")
         flag, (height, width) = kv_cache_flag or {}, hidden_states.shape[-2:]
@@ -196,7 +185,9 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
                 self.encode_pending(cache)
         else:
             sample = self._query(hidden_states, timestep, r_timestep, prompt, partition, cache)
-        return AnyFlowFARTransformerOutput(sample, kv_cache) if return_dict else (sample, kv_cache)
+        if not return_dict:
+            return sample, kv_cache
+        return output(AnyFlowFARTransformerOutput, sample=sample, kv_cache=kv_cache)
 
     def prefill(
         self,

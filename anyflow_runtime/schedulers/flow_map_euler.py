@@ -22,28 +22,28 @@ from .config_io import SchedulerConfigMixin
 
 try:
     # Pipelines of diffusers save and load only components that derive from this class.
+    from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteSchedulerOutput
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 except (ImportError, RuntimeError):  # not installed, or installed but broken
 
     class SchedulerMixin:  # type: ignore[no-redef]
         """Stands in for the diffusers base class where diffusers is missing."""
 
+    @dataclass
+    class FlowMapEulerDiscreteSchedulerOutput:  # type: ignore[no-redef]
+        """Result of `step`; `prev_sample` can also be had by name or position, `out["prev_sample"]`, `out[0]`."""
+
+        prev_sample: Tensor
+
+        def __getitem__(self, key: str | int | slice) -> Any:
+            return {"prev_sample": self.prev_sample}[key] if isinstance(key, str) else self.to_tuple()[key]
+
+        def to_tuple(self) -> tuple[Tensor]:
+            return (self.prev_sample,)
+
 
 # How far a timestep may be from an entry of the schedule and still mean that entry, as in diffusers.
 ON_SCHEDULE = 1e-3
-
-
-@dataclass
-class FlowMapEulerDiscreteSchedulerOutput:
-    """Result of `step`; `prev_sample` can also be had by name or position, `out["prev_sample"]`, `out[0]`."""
-
-    prev_sample: Tensor
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return {"prev_sample": self.prev_sample}[key] if isinstance(key, str) else self.to_tuple()[key]
-
-    def to_tuple(self) -> tuple[Tensor]:
-        return (self.prev_sample,)
 
 
 class FlowMapEulerDiscreteScheduler(SchedulerConfigMixin, SchedulerMixin):  # type: ignore[misc]
