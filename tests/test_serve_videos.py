@@ -21,11 +21,11 @@ from starlette.testclient import TestClient
 from anyflow_runtime.serving import engine
 from anyflow_runtime.serving.app import create_app
 from anyflow_runtime.serving.engine import StreamEngine
-from anyflow_runtime.serving.limits import check_start
+from anyflow_runtime.serving.limits import Limits, check_start
 from anyflow_runtime.serving.rollouts import Rollout
 from anyflow_runtime.serving.uploads import check_upload
 from anyflow_runtime.serving.videos import VideoStore
-from anyflow_runtime.streaming import Change, stream
+from anyflow_runtime.streaming import Change, open_model, stream
 from anyflow_runtime.video_io import read_video
 
 from .serving import LIMITS, PARTITION, START, client_of, clip, connect, load, picture, receive, save_models, until
@@ -113,6 +113,28 @@ def test_prompt_and_steps_change_from_the_next_chunk_on(models, pipe, monkeypatc
     expected = [next(chunks), chunks.send(Change(prompt="a blue whale", steps=3)), next(chunks)]
     for (_, pixels), frames in zip(published, expected, strict=True):
         assert torch.equal(pixels, module._pixels(frames))
+
+
+def test_a_typo_while_a_video_streams_does_not_end_it():
+    """The words of a change are known only to the model: it is refused, and the video goes on as it was."""
+    pipe, messages = open_model("demo", steps=1), []
+    limits = Limits(max_height=16, max_width=16, max_frames=7, height=16, width=16, frames=7, steps=1,
+        temporal_ratio=1, size_multiple=4)  # fmt: skip
+    videos = VideoStore()
+    engine = StreamEngine(pipe, videos, limits)
+    start = {"type": "start", "prompt": "a red circle moves up over grey", "seed": 5, "frames": 7}
+
+    def emit(message: Any) -> None:
+        messages.append(message)
+        if isinstance(message, dict) and message["type"] == "started":
+            rollout.change(Change(prompt="a yelow triangle moves left over navy"))
+
+    rollout = Rollout(check_start(start, limits, engine.partition), emit)
+    engine.run(rollout)
+    videos.close()
+    told = {message["type"]: message for message in messages if isinstance(message, dict)}
+    assert "yelow" in told["refused"]["message"] and told["refused"]["busy"]
+    assert told["done"]["frames"] == 7 and told["chunk"]["prompt"] == start["prompt"]
 
 
 def test_stop_ends_after_the_chunk_and_keeps_what_there_is(client, tmp_path):

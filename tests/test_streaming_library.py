@@ -122,6 +122,38 @@ def test_prompt_changes_between_chunks(pipeline, how):
     assert not torch.allclose(frames[2], kept[2])
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (Change(steps=0), "num_inference_steps"),
+        (Change(guidance_scale=3.0), "guidance"),
+        (["a dog", "a cat"], "batch"),
+        (torch.zeros(1, 3, 5), "got"),
+        ({"steps": 3}, "change: got dict"),
+        (Change(prompt="a yelow dog", steps=1), "yelow"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_refused_change_leaves_the_video_running(pipeline, monkeypatch, change, error, overlap):
+    encoder = pipeline.diffusion_model.transformer.context_encoder
+    encode = type(encoder).forward
+
+    def words_it_knows(self, prompts, *rest):
+        if "yelow" in str(prompts):
+            raise ValueError(f"caption: got unknown words in {prompts!r}, expected others")
+        return encode(self, prompts, *rest)
+
+    monkeypatch.setattr(type(encoder), "forward", words_it_knows)
+    video = stream(pipeline, "a fox", noise=noise_of(), overlap=overlap)
+    frames = [next(video)]
+    with pytest.raises((ValueError, TypeError), match=error):
+        video.send(change)
+    frames += video
+    want = [*stream(pipeline, "a fox", noise=noise_of())]
+    assert all(torch.equal(*pair) for pair in zip(frames, want, strict=True))
+
+
 def test_unchanged_prompt_is_not_encoded_again(pipeline):
     letters = pipeline.diffusion_model.transformer.context_encoder
     before = letters.calls

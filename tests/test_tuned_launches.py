@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from anyflow_kernels.testing.float64_oracle import oracle_ops
 
 from anyflow_kernels import launch_configs
 from anyflow_kernels.launch_configs import tuned
 from anyflow_kernels.launch_configs.tuned import Choice, Key
 from anyflow_kernels.testing.cases import SIZES
-from anyflow_kernels.testing.float64_oracle import oracle_ops
 from anyflow_kernels.testing.runs import judge_results, run_case
 from anyflow_kernels.tuning.subjects import Subject, subjects
 

@@ -111,9 +111,16 @@ class StreamEngine:
                     break
                 begin = time.perf_counter()
                 change = rollout.take_change() if index > 0 else None
-                if change is not None:
-                    prompt, steps = change.prompt or prompt, change.steps or steps
-                pixels = _pixels(chunks.send(change), self._zoom)
+                try:
+                    frames = chunks.send(change)
+                    if change is not None:
+                        prompt, steps = change.prompt or prompt, change.steps or steps
+                except ValueError as error:
+                    if change is None:
+                        raise
+                    rollout.emit({"type": "refused", "message": str(error), "busy": True})
+                    frames = next(chunks)  # the video goes on under the old settings
+                pixels = _pixels(frames, self._zoom)
                 message = {
                     "type": "chunk",
                     "index": index,

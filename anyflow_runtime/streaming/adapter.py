@@ -79,6 +79,15 @@ class Condition:
         return torch.cat([x, x]) if self.guided else x
 
 
+def check_condition(old: Condition, new: Condition) -> None:
+    """Raise ValueError unless a rollout may go on under another condition: its caches have rows for the first one."""
+    if (new.batch, new.guided) != (old.batch, old.guided):
+        raise ValueError(
+            f"condition: got batch {new.batch}, guidance {new.guided}, expected those the rollout began with: "
+            f"{old.batch}, {old.guided}"
+        )
+
+
 class AnyFlowStream(Transformer[TransformerCacheT]):
     """Base of the adapters. Latents are (B, T, C, H, W) throughout: the model patchifies for itself.
 

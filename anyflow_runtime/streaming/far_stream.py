@@ -21,7 +21,7 @@ from ..errors import LifecycleError
 from ..models.cache import FarCache
 from ..models.far import AnyFlowFARTransformer3DModel
 from ..schedulers.base import GuidedFlow
-from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_partition, per_frame
+from .adapter import AnyFlowStream, AnyFlowStreamConfig, Condition, check_condition, check_partition, per_frame
 from .transformer import TransformerAutoregressiveCache
 
 
@@ -210,12 +210,7 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         Raises:
             ValueError: for another batch size, or guidance where there was none or the other way round.
         """
-        old = cache.condition
-        if condition.batch != old.batch or condition.guided != old.guided:
-            raise ValueError(
-                f"condition: got batch {condition.batch}, guidance {condition.guided}, expected those the rollout "
-                f"began with: {old.batch}, {old.guided}"
-            )
+        check_condition(cache.condition, condition)
         cache.condition = condition
 
     def flow_of_frames(self, x: Tensor, t: Tensor, r: Tensor, cache: AnyFlowFARStreamCache) -> GuidedFlow:

@@ -16,7 +16,7 @@ from ..causal_time import partition_of
 from ..errors import check_finite
 from .adapter import AnyFlowStream, check_partition
 from .pipeline import StreamInferencePipeline
-from .rollout import Change, Event, Prompt, Rollout
+from .rollout import Change, Event, Prompt, Rollout, Video
 
 
 def stream(
@@ -45,9 +45,9 @@ def stream(
     """Generate a video with an AnyFlow pipeline, one chunk per iteration.
 
     Arguments are checked, and given context is encoded, before this returns. `send(x)` goes on under a `Change`, or
-    under a prompt alone, from the next chunk that has not begun. A chunk becomes context when the next one is asked
-    for, so the frames come first and stopping early costs nothing; `close()`, `break` or an exception leave the
-    pipeline ready for the next rollout.
+    under a prompt alone, from the next chunk that has not begun. A change that does not fit raises, and the video can
+    go on as if nothing had been sent. A chunk becomes context when the next one is asked for, so the frames come first
+    and stopping early costs nothing; `close()`, `break` or an exception leave the pipeline ready for the next rollout.
 
     With `overlap` a chunk is decoded while the next one is denoised. The frames are the same, but those of chunk i
     come when chunk i + 1 has begun, so what is sent then is for chunk i + 2; only the first chunk comes at once. If
@@ -106,15 +106,17 @@ def stream(
     pipeline.diffusion_model.scheduler_for(steps)
     rollout = Rollout(pipeline, prompt, negative_prompt, guidance_scale, steps, on_event, on_stats)
     cache = pipeline.initialize_cache(
-        {k: v for k, v in context.items() if v is not None} | rollout.prompts(), seed=seed
+        {k: v for k, v in context.items() if v is not None} | rollout.settings.keywords(), seed=seed
     )
     if pipeline.config.diffusion_model.check_finite:
         check_finite("text embeddings", cache.transformer_cache.condition.text)
     if noise is not None:
         rollout.take_noise(noise, cache.transformer_cache)
     if pipeline.decoder is None:
-        return rollout.latents(cache)
-    return rollout.frames(cache, overlap, on_host, BaseException if frames_before_interrupt else Exception)
+        chunks = rollout.latents(cache)
+    else:
+        chunks = rollout.frames(cache, overlap, on_host, BaseException if frames_before_interrupt else Exception)
+    return Video(rollout, cache.transformer_cache, chunks)
 
 
 def video_noise(pipeline: StreamInferencePipeline, latent_frames: int, height: int, width: int, seed: int) -> Tensor:

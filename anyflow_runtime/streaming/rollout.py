@@ -7,12 +7,13 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import check_finite
+from .adapter import Condition, check_condition
 from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache, stage
 
@@ -65,6 +66,54 @@ class Decoded:
 Event = Step | Denoised | Decoded
 
 
+class Settings(NamedTuple):
+    """What a prompt function and a `Change` set."""
+
+    prompt: Any
+    negative_prompt: Any
+    guidance_scale: float
+
+    def keywords(self) -> dict[str, Any]:
+        """As keywords of `make_condition`."""
+        keywords: dict[str, Any] = {"guidance_scale": self.guidance_scale}
+        for prefix, value in (("", self.prompt), ("negative_", self.negative_prompt)):
+            if value is not None:
+                keywords[prefix + ("text_embeddings" if isinstance(value, Tensor) else "prompt")] = value
+        return keywords
+
+
+class Prepared(NamedTuple):
+    """A change that nothing can refuse any more; `condition` is None where the old one stays."""
+
+    settings: Settings
+    steps: int | None
+    condition: Condition | None
+
+
+class Video(Generator[Tensor, Any, None]):
+    """The chunks of a video, as `stream` gives them: a generator that a refused change does not end."""
+
+    def __init__(self, rollout: Rollout, cache: Any, chunks: Generator[Tensor, Any, None]) -> None:
+        self._rollout, self._cache, self._chunks = rollout, cache, chunks
+
+    def send(self, change: Prompt | Change | None) -> Tensor:
+        """The next chunk, under a change from the next one on that has not begun.
+
+        Raises:
+            TypeError, ValueError: on a change that does not fit; the video can go on as if nothing had been sent.
+            StopIteration: after the last chunk.
+        """
+        if change is not None:
+            change = self._rollout.prepare(change, self._cache.num_finished + 1, self._cache)
+        return self._chunks.send(change)
+
+    def throw(self, *error: Any) -> Tensor:
+        return self._chunks.throw(*error)
+
+    def close(self) -> None:
+        self._chunks.close()
+
+
 class Rollout:
     """The settings of a video that may change between chunks, and the loop over them.
 
@@ -87,19 +136,11 @@ class Rollout:
         self.pipeline = pipeline
         self.transformer: Any = pipeline.diffusion_model.transformer
         self.prompt_at = prompt if callable(prompt) else None
-        self.prompt = prompt(0) if callable(prompt) else prompt
-        self.negative_prompt, self.guidance_scale, self.steps = negative_prompt, scale, steps
+        self.settings = Settings(prompt(0) if callable(prompt) else prompt, negative_prompt, scale)
+        self.steps = steps
         self.on_event, self.on_stats = on_event, on_stats
         self.noise: Tensor | None = None
         self.decoder: AsyncDecoder | None = None
-
-    def prompts(self) -> dict[str, Any]:
-        """The prompts as keywords of `make_condition`."""
-        keywords: dict[str, Any] = {"guidance_scale": self.guidance_scale}
-        for prefix, value in (("", self.prompt), ("negative_", self.negative_prompt)):
-            if value is not None:
-                keywords[prefix + ("text_embeddings" if isinstance(value, Tensor) else "prompt")] = value
-        return keywords
 
     def take_noise(self, noise: Tensor, cache: Any) -> None:
         """Check that the noise is that of a whole rollout, and keep it as (B, T, C, H, W)."""
@@ -112,26 +153,43 @@ class Rollout:
             raise ValueError(f"noise: got {tuple(noise.shape)}, expected (B, C, T, H, W) = {expected}")
         self.noise = noise.transpose(1, 2)
 
-    def apply(self, change: Any, index: int, cache: Any) -> None:
-        """Take over what was sent, and what the prompt function says for the next chunk."""
+    def prepare(self, change: Any, index: int, cache: Any) -> Prepared:
+        """Everything of a change that can be refused or can fail, and what the prompt function says for the chunk.
+
+        Raises:
+            TypeError: for what is neither a prompt nor a `Change`.
+            ValueError: for a prompt, steps or guidance that do not fit. The rollout is as it was.
+        """
+        if isinstance(change, Prepared):
+            return change
         if change is not None and not isinstance(change, Change):
+            if not isinstance(change, (str, list, tuple, Tensor)):
+                raise TypeError(f"change: got {type(change).__name__}, expected a prompt, text embeddings or a Change")
             change = Change(prompt=change)
         change = change or Change()
         if change.steps is not None:
             self.pipeline.diffusion_model.scheduler_for(change.steps)
-            self.steps = change.steps
-        before = (self.prompt, self.negative_prompt, self.guidance_scale)
+        before = self.settings
         asked = self.prompt_at(index) if change.prompt is None and self.prompt_at is not None else change.prompt
         wanted = (asked, change.negative_prompt, change.guidance_scale)
-        after = tuple(old if new is None else new for old, new in zip(before, wanted, strict=True))
-        self.prompt, self.negative_prompt, self.guidance_scale = after
+        after = Settings(*(old if new is None else new for old, new in zip(before, wanted, strict=True)))
+        condition = None
         if not all(_same(old, new) for old, new in zip(before[:2], after[:2], strict=True)):
             if self.decoder is not None and self.transformer.turns is not None:
                 self.decoder.drain()  # its weights leave the device while the text encoder has it
-            self.transformer.change_condition(cache, self.transformer.make_condition(**self.prompts()))
-        elif before[2] != after[2]:
-            scale = float(self.guidance_scale) if self.guidance_scale > 1 else None
-            self.transformer.change_condition(cache, replace(cache.condition, guidance_scale=scale))
+            condition = self.transformer.make_condition(**after.keywords())
+        elif before.guidance_scale != after.guidance_scale:
+            scale = float(after.guidance_scale) if after.guidance_scale > 1 else None
+            condition = replace(cache.condition, guidance_scale=scale)
+        if condition is not None:
+            check_condition(cache.condition, condition)
+        return Prepared(after, change.steps or self.steps, condition)
+
+    def adopt(self, prepared: Prepared, cache: Any) -> None:
+        """Go on under a change that has been prepared."""
+        self.settings, self.steps = prepared.settings, prepared.steps
+        if prepared.condition is not None:
+            self.transformer.change_condition(cache, prepared.condition)
 
     def frames(
         self, cache: StreamInferencePipelineCache, overlap: bool, on_host: bool, after: type[BaseException]
@@ -179,7 +237,7 @@ class Rollout:
             begin, stats = self._now(), None
             if not last:
                 # First the change: the finished chunk then becomes context under the new prompt at once.
-                self.apply(change, index + 1, state)
+                self.adopt(self.prepare(change, index + 1, state), state)
                 stats = pipeline.finalize(index, cache)
             elif cache.event_profiler is not None:
                 stats = cache.event_profiler.summary()
