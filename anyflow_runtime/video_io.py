@@ -25,6 +25,7 @@ from .optional import optional
 
 _media = partial(optional, purpose="reading and writing media", extra="video")
 PIXEL_RANGES = ("unit", "signed")
+MAX_CROP = 32  # a picture scaled to cover the video may be so much larger than it
 SHEET_TILES = 64  # a contact sheet shows at most this many frames, evenly spaced
 
 
@@ -151,12 +152,20 @@ def unit(pixels: np.ndarray) -> Tensor:
 
 
 def fitted(image: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Scale a picture (C, H, W) in [0, 1] to cover `size`, (height, width), and crop its middle; None leaves it."""
+    """Scale a picture (C, H, W) in [0, 1] to cover `size`, (height, width), and crop its middle; None leaves it.
+
+    Raises:
+        ValueError: for a strip so thin that covering the size would take gigabytes.
+    """
     if size is None or tuple(image.shape[1:]) == size:
         return image.contiguous()
     height, width = image.shape[1:]
     scale = max(size[0] / height, size[1] / width)
     cover = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+    if cover[0] * cover[1] > MAX_CROP * size[0] * size[1]:
+        raise ValueError(
+            f"picture: got {height}x{width}, expected sides nearer to {size[0]}x{size[1]}: a {MAX_CROP}th would be seen"
+        )
     image = F.interpolate(image[None], size=cover, mode="bicubic", antialias=True, align_corners=False)[0]
     top, left = (cover[0] - size[0]) // 2, (cover[1] - size[1]) // 2
     return image[:, top : top + size[0], left : left + size[1]].clamp(0, 1).contiguous()

@@ -338,6 +338,19 @@ def test_too_many_bytes_or_pixels_are_refused(gate, monkeypatch):
             uploads.check_upload(data, 41)
 
 
+@pytest.mark.parametrize("name", ["crafted_attribute_error.mkv", "crafted_unicode_error.mp4"])
+def test_what_trips_the_parsers_is_refused(name):
+    """Found by flipping bytes of good clips: PyAV raised AttributeError and UnicodeDecodeError."""
+    with pytest.raises(RequestError, match="upload: the clip is damaged"):
+        uploads.check_upload((Path(__file__).parent / "data" / name).read_bytes(), 41)
+
+
+@pytest.mark.parametrize("size", [(3, 2, 400), (3, 400, 2)], ids=str)
+def test_a_strip_is_refused_by_its_ratio(size):
+    with pytest.raises(RequestError, match="expected sides of at most 16 to 1"):
+        uploads.check_upload(picture(torch.rand(size), "PNG"), 41)
+
+
 def test_other_origins_cannot_upload(gate):
     with client_of(gated(gate)) as client:
         assert client.post("/uploads", content=b"x", headers={"origin": "http://evil.example"}).status_code == 403

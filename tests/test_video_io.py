@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from anyflow_runtime import video_io
-from anyflow_runtime.video_io import VideoReadError, VideoWriter, read_image, read_video
+from anyflow_runtime.video_io import VideoReadError, VideoWriter, fitted, read_image, read_video
 
 pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -50,6 +50,11 @@ def test_fitting_crops_the_middle_instead_of_distorting(tmp_path):
     Image.fromarray(disc.numpy()).convert("RGB").save(tmp_path / "disc.png")
     fitted = read_image(tmp_path / "disc.png", size=(32, 32))[0] > 0.5
     assert abs(int(fitted.any(0).sum()) - int(fitted.any(1).sum())) <= 1 and fitted[16, 16]
+
+
+def test_a_thin_strip_is_refused_before_it_takes_gigabytes():
+    with pytest.raises(ValueError, match=r"picture: got 2x4000, expected sides nearer to 480x832"):
+        fitted(torch.zeros(3, 2, 4000), (480, 832))
 
 
 def test_reads_a_picture_upright(tmp_path):

@@ -21,6 +21,7 @@ from ..video_io import VideoReadError, decoded, fitted, unit
 from .errors import RequestError
 
 MAX_PIXELS = 2**25  # of a picture or frame: 8K and a little more
+MAX_RATIO = 16  # of the sides: scaling a thin strip to cover a video asks for gigabytes
 _PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # as Pillow calls them
 _FORMATS = "PNG, JPEG, WebP, GIF or BMP; mp4, mov, webm or mkv"
 
@@ -112,8 +113,8 @@ def _picture(data: bytes) -> np.ndarray:
         raise
     except UnidentifiedImageError as error:
         raise RequestError(f"upload: not a picture or clip in a known format, expected {_FORMATS}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(f"upload: the picture is damaged ({error})") from error
+    except Exception as error:  # a crafted file makes Pillow raise whatever its parser trips over
+        raise RequestError(f"upload: the picture is damaged ({error or type(error).__name__})") from error
 
 
 def _clip(data: bytes, demuxer: str) -> Iterator[np.ndarray]:
@@ -121,10 +122,16 @@ def _clip(data: bytes, demuxer: str) -> Iterator[np.ndarray]:
     try:
         # The format is given: FFmpeg does not look for another one in the bytes.
         yield from decoded(io.BytesIO(data), "upload", demuxer, _check_pixels)
+    except RequestError:
+        raise
     except VideoReadError as error:
         raise RequestError(str(error)) from error
+    except Exception as error:  # PyAV's own slips over a crafted file
+        raise RequestError(f"upload: the clip is damaged ({error or type(error).__name__})") from error
 
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise RequestError(f"upload: got {width} x {height} pixels, expected at most {MAX_PIXELS} in a frame")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise RequestError(f"upload: got {width} x {height} pixels, expected sides of at most {MAX_RATIO} to 1")
