@@ -1,7 +1,7 @@
 """The command `anyflow`.
 
 Exit codes: 0 done; 1 the command ran and found a failure (`verify`); 2 bad input or a machine that cannot do it, one
-line on stderr; 130 interrupted.
+line on stderr; 130 interrupted; 143 terminated (SIGTERM). What is finished when a command is stopped is kept.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .commands import COMMANDS, UsageError, load_command
+from .signals import Terminated, terminable
 from .threads import settle_threads
 
 _LONGEST_MESSAGE = 600
@@ -64,7 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
-        return int(args.run(args))
+        with terminable():
+            return int(args.run(args))
+    except Terminated:
+        print(f"{program}: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from anyflow_runtime.cli import main
 from anyflow_runtime.training.config import config_to_dict
 from anyflow_runtime.training.progress import MetricsFile, Progress, duration
 from anyflow_runtime.training.trainer import checkpoint as checkpoints
@@ -51,6 +52,29 @@ def test_a_killed_run_continues_to_the_same_bits(whole_run, tmp_path) -> None:
     assert metrics(out) == metrics(whole_run)
     for name in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (out / "model" / name).read_bytes() == (whole_run / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_keeps_every_step(number, code, whole_run, monkeypatch, tmp_path, capsys) -> None:
+    """The step under way is finished and saved, between two checkpoints too, and the run goes on to the same bits."""
+    original = TrainingPhase.step
+
+    def signalled(self, step, local):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return original(self, step, local)
+
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    config.write_text(json.dumps(config_to_dict(tiny())))
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingPhase, "step", signalled)
+        assert main(["train", str(config), "--out", str(out)]) == code
+    told = capsys.readouterr().err
+    assert "stopped after step 3; the same command goes on from there" in told
+    assert (out / "checkpoints" / "step-00000003").is_dir() and not (out / "model").exists()
+    train(tiny(), out, io.StringIO())
+    assert_same_bits(checkpoint(out, 8), checkpoint(whole_run, 8))
+    assert metrics(out) == metrics(whole_run)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7])

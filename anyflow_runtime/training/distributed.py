@@ -70,6 +70,11 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def anywhere(value: bool) -> bool:
+    """Whether it is true on any rank."""
+    return value if world_size() == 1 else bool(all_reduce_sum(torch.tensor(float(value))))
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:

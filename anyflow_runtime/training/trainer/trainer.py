@@ -16,6 +16,7 @@ import torch
 
 from ...files import write_json
 from ...parallel import process_group
+from ...signals import StopRequest
 from .. import distributed
 from ..config import TrainConfig, config_from_dict, config_to_dict
 from ..data.open import open_source
@@ -70,6 +71,17 @@ class _Run:
             self._say(f"continuing after step {done}")
             if self._ends_phase(done) and not self._phase_directory(phase.index).is_dir():
                 self._export(phase)
+        stop = StopRequest(lambda: self._say("stopping after this step; once more stops at once and loses it"))
+        with stop.taken():
+            phase = self._steps(done, phase, networks, stop)
+        model = self.out / "model"
+        with phase.trained["student"].averaged():
+            networks.export(model)
+        self._say(f"model: {model}")
+        return model
+
+    def _steps(self, done: int, phase: TrainingPhase, networks: Networks, stop: StopRequest) -> TrainingPhase:
+        """All steps from `done` on; the last phase. A wish to stop is granted after a checkpoint."""
         metrics = MetricsFile(self.out / "metrics.jsonl", done) if self.leads else None
         progress = Progress(done, self.config.iterations, self.stream)
         for step in range(done, self.config.iterations):
@@ -89,11 +101,11 @@ class _Run:
                     self.samples.write(networks, f"step-{done:08}", phase.phase.objective)
             if self._ends_phase(done):
                 self._export(phase)
-        model = self.out / "model"
-        with phase.trained["student"].averaged():
-            networks.export(model)
-        self._say(f"model: {model}")
-        return model
+            if distributed.anywhere(stop.error is not None) and done < self.config.iterations:
+                self._save(phase, done)
+                self._say(f"stopped after step {done}; the same command goes on from there")
+                raise stop.error or KeyboardInterrupt
+        return phase
 
     def _step(self, phase: TrainingPhase, step: int, local: int) -> dict[str, float]:
         try:
