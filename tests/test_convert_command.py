@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anyflow_runtime.cli import main
+from anyflow_runtime.streaming.pixel_model import DEMO_MODEL
 
 from .tiny import tiny_model
 
@@ -98,9 +99,16 @@ def test_research_takes_the_weights_that_were_asked_for(source, tmp_path, capsys
     assert torch.equal(converted["patch_embedding.proj.weight"], other["patch_embedding.weight"])
 
 
+def test_a_pipeline_directory_is_taken_by_its_transformer(tmp_path) -> None:
+    assert main(["convert", str(DEMO_MODEL), str(tmp_path / "demo.safetensors"), "--to", "fastvideo", "--quiet"]) == 0
+    assert "patch_embedding.proj.weight" in load_file(tmp_path / "demo.safetensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["VAE", "x.pt", "--to", "research"], "which holds AutoencoderKLWan, expected one of AnyFlowFAR"),
+        (["FILE", "x", "--to", "diffusers"], "--config: got None, expected the model's config"),
         (["absent", "x.safetensors", "--to", "fastgen"], "SRC: no file or directory"),
         (["SRC", "x.bin", "--to", "fastgen"], "expected a .safetensors file"),
         (["SRC", "x.safetensors", "--to", "research"], "expected a .pt file"),
@@ -114,7 +122,10 @@ def test_bad_input_is_named_and_writes_nothing(arguments, message, source, tmp_p
     monkeypatch.chdir(tmp_path)
     state = load_file(source / WEIGHTS)
     save_file(state | {"r_embedder.time_embedder.linear_1.weight": torch.zeros(1)}, tmp_path / "mixed.safetensors")
-    places = {"SRC": str(source), "MIXED": "mixed.safetensors"}
+    vae = tmp_path.parent / "vae"
+    vae.mkdir(exist_ok=True)
+    (vae / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    places = {"SRC": str(source), "MIXED": "mixed.safetensors", "VAE": str(vae), "FILE": str(source / WEIGHTS)}
     assert main(["convert", *(places.get(argument, argument) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mixed.safetensors"]

@@ -10,11 +10,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import read_json, whole_file
 from . import UsageError
 
 if TYPE_CHECKING:
     from ..checkpoints import Report
 
+MODELS = ("AnyFlowFARTransformer3DModel", "AnyFlowTransformer3DModel")
 TARGETS = ("diffusers", "research", "fastgen", "fastgen_old", "fastvideo")
 
 
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"DST: {target} exists; --overwrite replaces it")
     if target.resolve() == source.resolve():
         raise UsageError(f"DST: got the source {source} itself, expected another place")
+    source = _transformer_of(source)
     for name, path in (("--config", args.config), ("--base", args.base)):
         if path is not None and not Path(path).exists():
             raise UsageError(f"{name}: no file {path}")
@@ -51,12 +54,28 @@ def run(args: argparse.Namespace) -> int:
     else:
         from ..checkpoints import convert
 
-        report = convert(source, target, args.to, args.layout, args.config, args.alpha, args.weights, args.base)
+        try:
+            report = convert(source, target, args.to, args.layout, args.config, args.alpha, args.weights, args.base)
+        except ValueError as error:
+            options = ("config: ", "alpha: ", "base: ")
+            raise UsageError(f"--{error}" if str(error).startswith(options) else str(error)) from error
     if not args.quiet:
         print(report)
     counts = f"{len(report.renamed)} renamed, {len(report.added)} added, {len(report.dropped)} dropped"
     print(f"{target}: {args.to}; {counts}, {len(report.notes)} notes")
     return 0
+
+
+def _transformer_of(source: Path) -> Path:
+    """The transformer's directory of a pipeline's, and of a model's directory itself; other models are refused."""
+    if (source / "model_index.json").is_file():
+        source = source / "transformer"
+    config = source / "config.json"
+    if config.is_file():
+        kind = read_json("SRC", config, "the config of an AnyFlow transformer").get("_class_name")
+        if kind not in MODELS:
+            raise UsageError(f"SRC: got {source}, which holds {kind}, expected one of {', '.join(MODELS)}")
+    return source
 
 
 def _to_research(args: argparse.Namespace, source: Path, target: Path) -> Report:
@@ -65,7 +84,6 @@ def _to_research(args: argparse.Namespace, source: Path, target: Path) -> Report
 
     from ..checkpoints import convert_state_dict, read_checkpoint
     from ..checkpoints.research import WEIGHTS
-    from ..files import whole_file
 
     if target.suffix != ".pt":
         raise UsageError(f"DST: got {target}, expected a .pt file for research")
