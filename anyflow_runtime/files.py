@@ -24,6 +24,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         partial.replace(final)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # that of a write to a full disk names no file
+            error.filename = str(final)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -169,6 +169,13 @@ BAD = {
     "out in no directory": ("x --out {}/nowhere/o.mp4", "--out: no directory {}/nowhere"),
     "stats in no directory": ("x --stats {}/nowhere/s", "--stats: no directory {}/nowhere"),
     "stats is a directory": ("x --stats {}", "--stats: got the directory {}"),
+    "stats over the video": ("x --stats {}/o.mp4", "--stats: got {}/o.mp4, the file of --out, expected another one"),
+    "latents over the stats": ("x --stats {}/s --save-latents {}/s", "--save-latents: got {}/s, the file of --stats"),
+    "video over its clip": ("x --video {}/9.mp4 --out {}/9.mp4", "--out: got {}/9.mp4, the file of --video"),
+    "a seed that torch does not take": (
+        "x --seed 99999999999999999999999",
+        "argument --seed: got '99999999999999999999999'",
+    ),
     "device": ("x --device abacus", "--device: got 'abacus', expected cpu, cuda or cuda:N"),
     "no such GPU": ("x --device cuda:77", "--device: got 'cuda:77', but torch"),
     "offload without a GPU": ("x --device cpu --offload", "--offload: got with --device cpu"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +266,42 @@ def test_check_finite_names_the_weight(model, component, weight, named, models, 
     error = capfd.readouterr().err
     assert f"weight {named}" in error and "1 NaN and 0 infinite" in error and error.count("\n") == 1
     assert not (tmp_path / "o.mp4").exists()
+
+
+def test_frames_that_are_not_finite_are_noticed_without_a_flag(monkeypatch, tmp_path, capfd):
+    from anyflow_runtime.decoders.pixels import PixelDecoder
+
+    decode, made = PixelDecoder.forward, []
+
+    def broken(self, *arguments, **keywords):
+        frames = decode(self, *arguments, **keywords)
+        made.append(frames)
+        return frames * float("nan") if len(made) == 3 else frames
+
+    monkeypatch.setattr(PixelDecoder, "forward", broken)
+    out = tmp_path / "o.gif"
+    command = ["generate", "--model", "demo", "a red circle moves up over grey", "--steps", "1", "--out", str(out)]
+    assert main(command) != 0
+    captured = capfd.readouterr()
+    assert "chunk 2: its frames hold NaN or infinite values; --check-finite" in captured.err
+    assert "stopped after chunk 1, 3 generated frames" in captured.out and out.exists()
+
+
+def test_sigterm_keeps_the_finished_chunks(monkeypatch, tmp_path, capfd):
+    write, stats = VideoWriter.write, tmp_path / "s.json"
+
+    def signalled(self, frames):
+        write(self, frames)
+        if self.frames_written == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(VideoWriter, "write", signalled)
+    command = ["generate", "--model", "demo", "a red circle moves up over grey", "--steps", "1"]
+    assert main([*command, "--out", str(tmp_path / "o.mp4"), "--stats", str(stats)]) == 143
+    captured = capfd.readouterr()
+    assert captured.err.endswith("anyflow generate: terminated\n")
+    assert len(read_video(tmp_path / "o.mp4")) == 3 and not json.loads(stats.read_text())["complete"]
+    assert not [*tmp_path.glob("*partial*")]
 
 
 @pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])

@@ -31,16 +31,17 @@ def machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     return machine
 
 
-def whole_number(minimum: int) -> type:
-    """The type of integers from `minimum` on."""
+def whole_number(minimum: int, maximum: int = 2**63 - 1) -> type:
+    """The type of integers from `minimum` to `maximum`, the largest that torch takes."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number >= {minimum}")
+        if not minimum <= value <= maximum:
+            limit = f" and <= {maximum}" if value > maximum else ""
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number >= {minimum}{limit}")
         return value
 
     return parse  # type: ignore[return-value]

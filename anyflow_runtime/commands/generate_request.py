@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -86,8 +87,10 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
     out = Path(args.out)
     if out.suffix.lower() not in OUTPUTS:
         raise UsageError(f"--out: got {args.out!r}, expected a name that ends in {', '.join(OUTPUTS)}")
-    for name, path in (("--out", args.out), ("--stats", args.stats), ("--save-latents", args.save_latents)):
+    written = {"--out": args.out, "--stats": args.stats, "--save-latents": args.save_latents}
+    for name, path in written.items():
         _check_writable(name, path)
+    _check_apart(written, {"--image": args.image, "--video": args.video, "--prompt-embeds": args.prompt_embeds})
     prompt = _prompt(args)
     model = model_directory(args.model, text=args.prompt_embeds is None)
     if args.match_diffusers_padding and not model.causal:
@@ -140,6 +143,17 @@ def _check_writable(name: str, path: str | None) -> None:
         raise UsageError(f"{name}: no directory {parent}")
     if not os.access(parent, os.W_OK):
         raise UsageError(f"{name}: cannot write to {parent}")
+
+
+def _check_apart(written: Mapping[str, str | None], read: Mapping[str, str | None]) -> None:
+    """No file is written twice, or over one that is read."""
+    names: dict[Path, str] = {}
+    for name, path in [*read.items(), *written.items()]:
+        if path is None:
+            continue
+        other = names.setdefault(Path(path).resolve(), name)
+        if other != name and name in written:
+            raise UsageError(f"{name}: got {path}, the file of {other}, expected another one")
 
 
 def _prompt(args: argparse.Namespace) -> str | None:

@@ -7,11 +7,14 @@ from contextlib import ExitStack, closing, suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import check_finite
+from anyflow_kernels import load_ops
+
+from ..errors import NonFiniteError, check_finite
 from ..files import whole_file, write_json
 from ..parallel import context_parallel
 from ..streaming import Decoded, Denoised, Step, stream, video_noise
@@ -101,6 +104,10 @@ class GeneratedVideo:
     def _write_all(self, made: Any, writer: VideoWriter, given: int) -> None:
         begin, latent_frames = self._clock.now(), 0
         for index, frames in enumerate(made):
+            if not frames.isfinite().all():
+                raise NonFiniteError(
+                    f"chunk {index}: its frames hold NaN or infinite values; --check-finite finds out where they begin"
+                )
             before = self._clock.seconds.get("write", 0.0)
             with self._clock("write"):
                 writer.write(frames[0])
@@ -138,7 +145,10 @@ class GeneratedVideo:
             return
         latents = torch.cat(self._latents, dim=1).transpose(1, 2).cpu().contiguous()
         with whole_file(self._request.save_latents) as partial:
-            save_file({"latents": latents}, partial)
+            try:
+                save_file({"latents": latents}, partial)
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"{self._request.save_latents}: {error}") from error
 
     def summary(self) -> str:
         """What was made, and the seconds and memory it took."""
@@ -162,6 +172,11 @@ class GeneratedVideo:
             return
         settings = {
             "model": str(request.model.path),
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "chunks": request.chunks,
+            "fps": request.fps,
+            "zoom": request.zoom,
             "frames": request.frames,
             "context_frames": 0 if request.context is None else request.context.shape[1],
             "size": list(request.size),
@@ -170,7 +185,7 @@ class GeneratedVideo:
             "guidance": request.guidance,
             "dtype": str(request.dtype).removeprefix("torch."),
             "device": str(request.device),
-            "backend": request.backend,
+            "backend": load_ops(request.backend).backend,
             "processes": self._together.count,
             "overlap": request.overlap,
             "torch": torch.__version__,
