@@ -1,8 +1,9 @@
 """Make a video from a prompt, and from a picture or a clip that it is to continue.
 
-The model is a pipeline directory in diffusers' format, causal (FAR) or bidirectional, or "demo", the small one that
-comes with this package. What is not given follows from the model: a FAR model makes the video its chunks add up to, in
-those chunks, and each chunk is in the file as soon as it is made. Ctrl-C ends the video with the last finished one.
+The model is a pipeline directory in diffusers' format, causal (FAR) or bidirectional, such a repository on the Hugging
+Face Hub, or "demo", the small one that comes with this package. What is not given follows from the model: a FAR model
+makes the video its chunks add up to, in those chunks, and each chunk is in the file as soon as it is made. Ctrl-C ends
+the video with the last finished one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = whole_number(1)
     parser.add_argument("prompt_text", nargs="?", metavar="TEXT", help="the prompt, as --prompt")
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help='pipeline directory in diffusers\' format, or "demo"'
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help='pipeline directory in diffusers\' format, a hub id (owner/name), a preset, or "demo"',
     )
     parser.add_argument("--out", required=True, metavar="FILE", help=".mp4, .gif, or .png for a sheet of frames")
 

@@ -158,6 +158,8 @@ class GeneratedVideo:
         context = f", {request.context.shape[1]} of them given" if request.context is not None else ""
         sampling = f"{request.steps} steps, seed {request.seed}"
         lines = [f"{request.out}: {request.frames} frames{context}, {height}x{width}{chunks}, {sampling}"]
+        if request.model.licence is not None:
+            lines.append(f"  weights' licence: {request.model.licence}")
         seconds = {**self._clock.seconds, "total": self._clock.elapsed()}
         lines += [f"  {stage:12}{value:9.2f} s" for stage, value in seconds.items()]
         lines += [

@@ -36,7 +36,10 @@ _ANY_ADDRESS = ("", "0.0.0.0", "::")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole = whole_number(1)
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help='pipeline directory in diffusers\' format, or "demo"'
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help='pipeline directory in diffusers\' format, a hub id (owner/name), a preset, or "demo"',
     )
 
     server = parser.add_argument_group("server")
@@ -91,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     with _bound(args.host, args.port) as listener:
         app = build_app(args, limits, model, device, dtype)
         host = f"[{args.host}]" if ":" in args.host else args.host
+        if model.licence is not None:
+            print(f"anyflow serve: the weights' licence is {model.licence}")
         print(f"anyflow serve: http://{host}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
             app,

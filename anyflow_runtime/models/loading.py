@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import whole_file, write_json
+from ..hub import model_files
 from .config import constructor_keywords, read_config
 
 Model = TypeVar("Model", bound="CheckpointMixin")
@@ -55,7 +56,7 @@ class CheckpointMixin(nn.Module):
         """A model from a directory, each weight read straight to its device and dtype, without a second copy.
 
         Args:
-            path: a local model or pipeline directory.
+            path: a model or pipeline directory, or the name of a repository on the hub, see `hub.model_files`.
             subfolder: such as "transformer" in a pipeline directory.
             dtype: of the weights; as stored if None. Weights under `keep_in_fp32` stay fp32 whatever it says.
             device: where to put them, the CPU if None.
@@ -65,9 +66,9 @@ class CheckpointMixin(nn.Module):
             FileNotFoundError: if the directory has no config or no weights.
             ValueError: listing all unknown, missing and mis-shaped weights, or naming an unreadable file.
         """
-        directory = Path(path) / (subfolder or "")
+        directory = model_files(path, [f"{subfolder}/*"] if subfolder else None) / (subfolder or "")
         if not directory.is_dir():
-            raise FileNotFoundError(f"no model directory {directory}; a hub name has to be downloaded first")
+            raise FileNotFoundError(f"no model directory {directory}")
         with torch.device("meta"):
             model = cls(**constructor_keywords(cls, read_config(directory), overrides))
         files = _weight_files(directory)

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..encoders.base import EncoderConfig
 from ..errors import LifecycleError
+from ..hub import model_files
 from ..models.base import AnyFlowModel
 from ..schedulers.base import GuidedFlow
 from .offload import OnTurn
@@ -130,7 +130,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         self._latest: weakref.ref[TransformerCacheT] | None = None
 
     def _load(self, config: Any, device: torch.device | str | None) -> AnyFlowModel:
-        directory = local_directory(config.path, config.subfolder)
+        directory = model_files(config.path, [f"{config.subfolder}/*"] if config.subfolder else None)
         return self.model_class.from_pretrained(directory, config.subfolder, config.dtype, device)
 
     @property
@@ -347,25 +347,3 @@ def check_partition(partition: Any) -> tuple[int, ...]:
     if not frames or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in frames):
         raise ValueError(f"chunk_partition: got {partition!r}, expected frames per chunk, each an integer >= 1")
     return frames
-
-
-def local_directory(path: str, subfolder: str | None) -> Path:
-    """`path` if it is a directory, else the downloaded snapshot of the hub repository of that name.
-
-    Raises:
-        FileNotFoundError: if it is neither, or cannot be downloaded.
-    """
-    directory = Path(path)
-    looks_like_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if directory.is_dir() or not looks_like_hub_id:
-        return directory
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"path: {path} is no directory, and to download it huggingface_hub is needed: pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(path, allow_patterns=[f"{subfolder}/*"] if subfolder else None))
-    except Exception as error:  # the hub raises a dozen unrelated classes: offline, unknown, gated, proxy
-        raise FileNotFoundError(f"path: {path} is no directory, and downloading it failed: {error}") from error

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..hub import licence, model_files
 from .pixel_model import CLASS_NAME, DEMO_MODEL, PixelModelIndex, read_index
 
 PIPELINES = {"AnyFlowFARPipeline": True, "AnyFlowPipeline": False, CLASS_NAME: True}  # and whether each is causal
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
+RELEASED = {
+    "anyflow-far-wan2.1-1.3b": "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers",
+    "anyflow-far-wan2.1-14b": "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers",
+    "anyflow-wan2.1-t2v-1.3b": "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers",
+    "anyflow-wan2.1-t2v-14b": "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers",
+}
 BUNDLED = {"demo": DEMO_MODEL, "anyflow-demo": DEMO_MODEL}
 SCHEDULE = {"shift": 1.0, "num_train_timesteps": 1000}  # the defaults of diffusers' FlowMapEulerDiscreteScheduler
 
@@ -32,6 +39,11 @@ class ModelDirectory:
     pipeline: str
     transformer: dict[str, Any]
     pixels: PixelModelIndex | None = None
+
+    @property
+    def licence(self) -> str | None:
+        """What the model card says of it, if there is one."""
+        return licence(self.path)
 
     @property
     def causal(self) -> bool:
@@ -100,17 +112,19 @@ def read_model_directory(path: str | os.PathLike[str], *, text: bool = True, dec
     """Look at a model directory.
 
     Args:
-        path: of the directory, or the name of a bundled model ("demo").
+        path: of the directory, the name of a bundled model ("demo") or a preset, or of a repository on the hub, of
+            which the parts that are needed are downloaded.
         text, decode: whether its text encoder and its VAE will be needed.
     Raises:
         FileNotFoundError: if it is not there, or lacks a component.
         ValueError: if it is no AnyFlow pipeline.
     """
-    directory = BUNDLED.get(str(path), Path(path))
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"model: no directory {directory}; a model on the hub has to be downloaded first (hf download)"
-        )
+    parts = ["transformer", "scheduler", *(TEXT_COMPONENTS if text else ()), *(["vae"] if decode else ())]
+    try:
+        name = RELEASED.get(str(path), path)
+        directory = BUNDLED.get(str(path)) or model_files(name, ["model_index.json", *(f"{part}/*" for part in parts)])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"model: {error}") from error
     index = read_json("model", directory / "model_index.json", "a pipeline directory in diffusers' format")
     pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:

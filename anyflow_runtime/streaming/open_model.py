@@ -25,7 +25,7 @@ from .model_directory import SCHEDULE, ModelDirectory, read_model_directory
 from .offload import OnTurn, Turns
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineConfig
 from .pixel_model import pixel_pipeline
-from .presets import PRESETS, released_pipeline
+from .presets import released_pipeline
 
 
 def open_model(
@@ -47,8 +47,8 @@ def open_model(
     Weights go straight to the device. Frames that a video begins with (`context_video`) are taken in [0, 1].
 
     Args:
-        source: a directory in diffusers' format or of a pixel model, the name of a preset (`PRESETS`; the checkpoint
-            is downloaded where it is not in the hub's cache), "demo", or what is loaded already: a diffusers
+        source: a directory in diffusers' format or of a pixel model, the name of a preset (`PRESETS`) or of a hub
+            repository (downloaded where it is not in the hub's cache), "demo", or what is loaded already: a diffusers
             `AnyFlowPipeline` or `AnyFlowFARPipeline`, which is accelerated and shares its weights, or an AnyFlow
             transformer, for a pipeline of embeddings and latents.
         device: of the work; None: the GPU if there is one, or where the models of a loaded source lie.
@@ -113,12 +113,6 @@ def pipeline_config(
 
 
 def _config(source: Any, steps: int, dtype: torch.dtype, text: bool, decode: bool) -> StreamInferencePipelineConfig:
-    if isinstance(source, str) and source in PRESETS:
-        stream: Any = PRESETS[source].diffusion_model.transformer
-        if not os.path.isdir(stream.path):
-            causal = isinstance(stream, AnyFlowFARStreamConfig)
-            return released_pipeline(source, stream.path, causal=causal, steps=steps, dtype=dtype)
-        source = stream.path
     model = source if isinstance(source, ModelDirectory) else read_model_directory(source, text=text, decode=decode)
     name, path = model.path.name, str(model.path)
     if model.pixels is not None:

@@ -19,6 +19,7 @@ from ..wan_vae.encoder import WanVAEEncoderConfig
 from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
+from .model_directory import RELEASED
 from .pipeline import StreamInferencePipelineConfig
 from .pixel_model import pixel_pipeline
 
@@ -72,13 +73,7 @@ def released_pipeline(
 
 
 PRESETS: dict[str, StreamInferencePipelineConfig] = {
-    name: released_pipeline(name, path, causal=causal)
-    for name, path, causal in (
-        ("anyflow-far-wan2.1-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", True),
-        ("anyflow-far-wan2.1-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", True),
-        ("anyflow-wan2.1-t2v-1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", False),
-        ("anyflow-wan2.1-t2v-14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", False),
-    )
+    name: released_pipeline(name, path, causal="FAR" in path) for name, path in RELEASED.items()
 } | {"anyflow-demo": pixel_pipeline(name="anyflow-demo")}
 
 
