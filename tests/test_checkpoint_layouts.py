@@ -86,6 +86,11 @@ def test_fastvideo_round_trip_is_lossless(state) -> None:
         ("condition_embedder.time_embedder.linear_1.weight", "condition_embedder.time_embedder.mlp.fc_in.weight"),
         (DELTA, "condition_embedder.delta_embedder.mlp.fc_in.weight"),
         ("condition_embedder.time_proj.weight", "condition_embedder.time_modulation.linear.weight"),
+        (
+            "condition_embedder.image_embedder.ff.net.0.proj.weight",
+            "condition_embedder.image_embedder.ff.fc_in.weight",
+        ),
+        ("condition_embedder.image_embedder.ff.net.2.bias", "condition_embedder.image_embedder.ff.fc_out.bias"),
         ("blocks.11.attn1.to_q.weight", "blocks.11.to_q.weight"),
         ("blocks.11.attn1.to_out.0.bias", "blocks.11.to_out.bias"),
         ("blocks.0.attn1.norm_k.weight", "blocks.0.norm_k.weight"),

@@ -350,3 +350,11 @@ def test_every_exported_name_exists():
     import anyflow_runtime.streaming as package
 
     assert all(getattr(package, name) is not None for name in package.__all__)
+
+
+def test_the_runtime_lists_its_names_and_says_its_version():
+    import anyflow_runtime
+
+    assert dir(anyflow_runtime) == anyflow_runtime.__all__ and "Any" not in dir(anyflow_runtime)
+    assert anyflow_runtime.__version__.count(".") >= 2
+    assert anyflow_runtime.DiffusionModel.FinalState is anyflow_runtime.FinalState

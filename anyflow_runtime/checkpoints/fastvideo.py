@@ -19,6 +19,8 @@ _NAMES = (  # in diffusers and in FastVideo
     ("patch_embedding.{values}", "patch_embedding.proj.{values}"),
     ("condition_embedder.text_embedder.linear_1.{rest}", "condition_embedder.text_embedder.fc_in.{rest}"),
     ("condition_embedder.text_embedder.linear_2.{rest}", "condition_embedder.text_embedder.fc_out.{rest}"),
+    ("condition_embedder.image_embedder.ff.net.0.proj.{rest}", "condition_embedder.image_embedder.ff.fc_in.{rest}"),
+    ("condition_embedder.image_embedder.ff.net.2.{rest}", "condition_embedder.image_embedder.ff.fc_out.{rest}"),
     ("condition_embedder.{which}_embedder.linear_1.{rest}", "condition_embedder.{which}_embedder.mlp.fc_in.{rest}"),
     ("condition_embedder.{which}_embedder.linear_2.{rest}", "condition_embedder.{which}_embedder.mlp.fc_out.{rest}"),
     ("condition_embedder.time_proj.{rest}", "condition_embedder.time_modulation.linear.{rest}"),

@@ -264,3 +264,6 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
     def _check(self, name: str, x: Tensor) -> None:
         if self.config.check_finite:
             check_finite(name, x)
+
+
+DiffusionModel.FinalState = FinalState  # type: ignore[attr-defined]  # by both names, as documented

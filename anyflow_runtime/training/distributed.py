@@ -1,7 +1,7 @@
 """Small collectives that work with or without an initialised process group.
 
 Decisions that must agree on every rank (chunk count, co-training coin, rollout length) are drawn on rank 0 and
-broadcast; noise and times differ per rank, whose seed is `manual_seed + rank`.
+broadcast; noise and times differ, each from a seed of its own place in the global batch.
 """
 
 from __future__ import annotations
