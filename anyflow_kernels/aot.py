@@ -27,7 +27,7 @@ from typing import Any
 
 from .aot_case import AotCase
 from .launch_configs import ARCHITECTURES, GPUS
-from .pipe_model import MATRIX, chip_of, model, parse
+from .pipe_model import MATRIX, Chip, chip_of, model, parse
 
 MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
@@ -43,8 +43,8 @@ def collect(arch: int) -> list[AotCase]:
     return cases
 
 
-def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
-    """Compile one kernel for one architecture and describe the result.
+def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str, Any]:
+    """Compile one kernel for one architecture and describe the result; `chip` is the card of the model.
 
     Returns:
         A row with `kernel`, `target`, `shape`, `registers` (per thread), `spill_bytes` (local memory per thread),
@@ -88,7 +88,7 @@ def compile_case(case: AotCase, arch: int) -> dict[str, Any]:
     try:
         pipes = model(
             sass,
-            chip_of(arch),
+            chip or chip_of(arch),
             warps=case.num_warps,
             blocks=min(blocks, case.per_multiprocessor or blocks),
             products=case.products,

@@ -31,7 +31,8 @@ from anyflow_kernels.triton_ops.tile_schedule import encode
 from . import diffusers_eager
 from .common import graphed, interleaved_medians, keep_row, print_rows
 from .kernel_bench import MODELS, TINY, ceilings, layouts, parse
-from .roofline import draw_roofline
+from .model_bounds import attention_bound, compiles_here
+from .roofline import chip_here, draw_roofline
 
 CPU_SHAPES = ("1.3B chunk 0",)
 GRADIENT_ROWS = 1024  # queries of a head at a time in the check of a backward
@@ -111,6 +112,7 @@ def bench_shape(
     work, moved = flops(plan, *shape), bytes_moved(q, k)
     if backward:
         work, moved = work * 7 // 2, moved * 3
+    bounds = model_bounds(name, plan, size, dtype, backward)
     rows = []
     for label, s in seconds.items():
         rate, bandwidth = work / s, moved / s
@@ -118,7 +120,8 @@ def bench_shape(
             f"{name:<30}{'fwd+bwd ' if backward else '':<8}{label:<16}{s * 1e3:10.4f} ms {rate / 1e12:8.2f} TFLOP/s "
             f"{rate / gemm:5.0%} of GEMM {bandwidth / 1e9:8.1f} GB/s   error {errors[label]:.1e}"
             + (f"   mask built in {mask_ms:.0f} ms" if label == "flex" else "")
-            + ("" if captured[label] else "   with its launches"),
+            + ("" if captured[label] else "   with its launches")
+            + (f"   {bounds[label] / s:4.0%} of the model's bound" if label in bounds else ""),
             flush=True,
         )
         rows.append(
@@ -137,9 +140,25 @@ def bench_shape(
                 "relative_error": errors[label],
                 "launches_timed": not captured[label],
                 **({"mask_ms": mask_ms} if label == "flex" else {}),
+                **({"of_model": bounds[label] / s} if label in bounds else {}),
             }
         )
     return rows
+
+
+def model_bounds(
+    name: str, plan: AttentionPlan, size: dict[str, int], dtype: torch.dtype, backward: bool
+) -> dict[str, float]:
+    """Seconds by the model of our kernels, printed; without a GPU of bf16 on one that is not here."""
+    if not compiles_here():
+        return {}
+    chip, served = chip_here(), dtype if torch.cuda.is_available() else torch.bfloat16
+    kinds = ("triton", "gluon") if chip.arch == 90 and served.itemsize == 2 and not backward else ("triton",)
+    shape = (size["heads"], size["head_dim"], served, backward)
+    bounds = {kind: attention_bound(kind, chip, plan, *shape) for kind in kinds}
+    shown = ", ".join(f"{kind} {s * 1e3:.4f} ms" for kind, s in bounds.items())
+    print(f"{name:<30}model of {8 * served.itemsize}-bit kernels on {chip.name}: at least {shown}")
+    return bounds
 
 
 def contestants_for(

@@ -23,7 +23,7 @@ from anyflow_kernels.testing.budget import check, leaves, map_tensors, widened
 from . import diffusers_eager
 from .common import add_json_argument, graphed, interleaved_medians, keep_row, machine_line, print_rows
 from .diffusers_eager import EagerSequence
-from .roofline import draw_roofline
+from .roofline import chip_here, draw_roofline, roof_seconds
 
 PARTITION = (1, 3, 3, 3, 3, 3, 3, 2)  # 81 frames of video
 ROTATED_BYTES = 256 * 2**20  # several times the L2 of any GPU here
@@ -215,6 +215,8 @@ def _bench_case(
     for name in errors:
         functions[name], captured[name] = _timed(entered[name], inputs, case, device)
     seconds = {name: s / calls for name, s in interleaved_medians(functions, repeats).items()}
+    roof = roof_seconds(chip_here(), case.bytes_moved, case.flops, dtype.itemsize)
+    print(f"{case.name:<48}data sheet of {chip_here().name}: at least {roof * 1e6:.2f} us (model)")
     rows = []
     for name, s in seconds.items():
         bandwidth, rate = case.bytes_moved / s, case.flops / s
@@ -222,7 +224,8 @@ def _bench_case(
         print(
             f"{case.name:<48}{name:<16}{s * 1e3:9.4f} ms {bandwidth / 1e9:8.1f} GB/s {rate / 1e12:8.2f} TFLOP/s "
             f"{ceiling:5.0%} of {'GEMM' if case.flops else 'copy'}   {seconds['eager'] / s:6.2f}x eager   "
-            f"error {errors[name]:.1e}{'' if captured[name] else '   with its launches'}",
+            f"error {errors[name]:.1e}{'' if captured[name] else '   with its launches'}"
+            f"{f'   {roof / s:4.0%} of the roof' if device == 'cuda' else ''}",
             flush=True,
         )
         rows.append(
@@ -239,6 +242,7 @@ def _bench_case(
                 "of_ceiling": ceiling,
                 "relative_error": errors[name],
                 "launches_timed": not captured[name],
+                **({"of_roof": roof / s} if device == "cuda" else {}),
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""A roofline picture: measured rate over arithmetic intensity, under the machine's measured ceilings.
+"""Roofs: what a card's data sheet allows, and a picture of measured rates under the machine's measured ceilings.
 
 An operation that only copies has no intensity: the picture is its bandwidth over the bytes of a call.
 """
@@ -8,6 +8,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from anyflow_kernels import launch_configs
+from anyflow_kernels.pipe_model import CHIPS, Chip, chip_of
+
+ELSEWHERE = "H100"  # whose roofs are printed where there is no GPU
+
+
+def chip_here() -> Chip:
+    """The card of this machine; one of its architecture if it is not known; `ELSEWHERE` without a GPU."""
+    if not torch.cuda.is_available():
+        return CHIPS[ELSEWHERE]
+    name = torch.cuda.get_device_name()
+    found = [chip for chip in CHIPS.values() if chip.name in name]
+    return max(found, key=lambda chip: len(chip.name)) if found else chip_of(launch_configs.architecture("cuda"))
+
+
+def peak(chip: Chip) -> float:
+    """Multiply-adds of bf16 matrix products a second, at boost clock."""
+    return chip.products * chip.multiprocessors * chip.clock_ghz * 1e9
+
+
+def roof_seconds(chip: Chip, moved: float, flops: float = 0.0, itemsize: int = 2) -> float:
+    """No less by the data sheet: of bytes moved and FLOPs of matrix products. In fp32 those run as TF32, at half the
+    rate."""
+    return max(moved / (chip.dram_gb_s * 1e9), flops / 2 / peak(chip) * (2 if itemsize == 4 else 1))
 
 
 def draw_roofline(rows: Sequence[dict[str, Any]], bandwidth: float, flop_rate: float, path: str | Path) -> None:
