@@ -13,7 +13,7 @@ EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test check format cuda-check aot-check docs clean FORCE
+.PHONY: demo drop-in test browser-test check format cuda-check aot-check versions docs clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -47,13 +47,17 @@ cuda-check: $(STAMP)
 aot-check: $(STAMP)
 	$(PY) -m anyflow_kernels.aot --check
 
+# The same for other versions of Triton, and the interpreter's tests: VERSIONS="3.6.0 newest", or TORCH=2.11.0 with its own.
+versions: $(STAMP)
+	scripts/check_versions.sh $(PY) $(VERSIONS)
+
 # The site of docs/ into site/. Reads sources alone: it needs neither torch nor the extension.
 docs: | $(PY)
 	$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build site *.egg-info anyflow_kernels/_C*.so
+	rm -rf $(VENV) .versions build site *.egg-info anyflow_kernels/_C*.so
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as diffusers 0.42 does: make PYTHON=..." >&2; exit 1; }
