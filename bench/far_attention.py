@@ -2,11 +2,12 @@
 
 python -m bench.far_attention [--dtype float32|bfloat16] [--shape PART] [--contestants NAME ...] [--tiny] [--plot FILE]
 
-On CUDA: `triton` (and, on sm_90, its Gluon forward) against flash and cuDNN SDPA (one call per run of queries, keys
-concatenated where a run sees several ranges) and compiled flex_attention with its BlockMask (built beforehand, its
-time reported apart); the training layout with its backward. On a CPU: the `torch` backend against the dense formula,
-eager and compiled, at a shape it can do. Everywhere: as diffusers does it, which in inference is flex_attention without
-compilation over padded sequences, and is checked against what that computes.
+On CUDA: `triton`, whatever serves there, its own kernel (`portable`) and, on sm_90, its Gluon forward, against flash
+and cuDNN SDPA (one call per run of queries, keys concatenated where a run sees several ranges) and compiled
+flex_attention with its BlockMask (built beforehand, its time reported apart); the training layout with its backward. On
+a CPU: the `torch` backend against the dense formula, eager and compiled, at a shape it can do. Everywhere: as diffusers
+does it, which in inference is flex_attention without compilation over padded sequences, and is checked against what
+that computes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from anyflow_kernels import AttentionPlan, FarLayout, available_backends, launch_configs, load_ops
+from anyflow_kernels.launch_configs import attention_row
 from anyflow_kernels.reference import blockwise_attention, dense_attention, plan_mask
 from anyflow_kernels.testing.budget import check, widened
-from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops
+from anyflow_kernels.triton_ops.attention_tiles import describable
+from anyflow_kernels.triton_ops.far_attention import bytes_moved, flops, launch_forward
 from anyflow_kernels.triton_ops.tile_schedule import encode
 
 from . import diffusers_eager
@@ -183,7 +186,7 @@ def contestants_for(
             "flash, cudnn, flex": "no CUDA device",
         }
     else:
-        known, skipped = {"triton": ours("triton")}, {}
+        known, skipped = {"triton": ours("triton"), "portable": portable_contestant(plan, scale)}, {}
         if launch_configs.architecture(device) == 90:
             known["gluon"] = gluon_contestant(plan, scale)
         known["flash"] = sdpa_contestant(plan, scale, SDPBackend.FLASH_ATTENTION)
@@ -195,12 +198,23 @@ def contestants_for(
     return chosen, mask_ms, skipped
 
 
+def portable_contestant(plan: AttentionPlan, scale: float) -> Attend:
+    """The Triton forward, whether or not another serves in its place."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        arch, descriptors = launch_configs.architecture(q.device), all(map(describable, (q, k, v)))
+        config = attention_row(launch_configs.ATTENTION_FORWARD, arch, q.shape[3], q.itemsize, descriptors)
+        return launch_forward(q, k, v, tuple(encode(plan.ranges)), plan.phantom_keys, scale, config)[0]
+
+    return attend
+
+
 def gluon_contestant(plan: AttentionPlan, scale: float) -> Attend:
     """The warp-specialised forward, whether or not the launch table chooses it."""
     from anyflow_kernels.triton_ops.far_attention_gluon import launch_gluon
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        config = launch_configs.attention_row(launch_configs.ATTENTION_GLUON, 90, q.shape[3], q.itemsize)
+        config = attention_row(launch_configs.ATTENTION_GLUON, 90, q.shape[3], q.itemsize)
         return launch_gluon(q, k, v, tuple(encode(plan.ranges)), plan.phantom_keys, scale, config)[0]
 
     return attend

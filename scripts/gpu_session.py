@@ -92,7 +92,7 @@ def session() -> dict[str, list[Step]]:
     on_gpu = " ".join([name for name, source in sources.items() if "mark.gpu" in source])
     build = Step("build", 100, "PYTHON setup.py build_ext --inplace")
     compiled = "PYTHON -m anyflow_kernels.aot --target SM --check --processes 16"
-    traffic = "--shape '1.3B chunk 6' --contestants triton gluon --repeats 1"
+    traffic = "--shape '1.3B chunk 6' --contestants portable gluon --repeats 1"
     tiny = "anyflow verify --device cuda --backend triton --shapes tiny"
     hopper = f"pytest -n 0 -m gpu -k d64 {gluon}"
 

@@ -83,6 +83,12 @@ def test_attention_of_diffusers_passes_its_parity_check(name):
             far_attention.parity(attend, q, k, v, AttentionPlan.from_layout(layout))
 
 
+def test_the_portable_kernel_is_a_contestant_of_its_own():
+    plan = AttentionPlan.from_layout(kernel_bench.layouts(tiny=True)["chunk 6"])
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (plan.num_queries, plan.num_keys, plan.num_keys))
+    assert far_attention.parity(far_attention.portable_contestant(plan, 0.25), q, k, v, plan) > 0
+
+
 @pytest.mark.parametrize("query", [0, 17, 23])
 def test_one_wrong_query_of_attention_has_no_speed(query):
     """Whichever it is: the whole output is judged, and its worst row."""
