@@ -10,10 +10,7 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,12 @@ from torch import Tensor
 
 from anyflow_kernels.aot_case import MODELS
 from anyflow_kernels.testing.budget import relative_error
+from anyflow_kernels.tuning.timing import graphed, interleaved_medians
+
+__all__ = [
+    "MODEL_ARGUMENTS", "add_json_argument", "check_close", "graphed", "interleaved_medians", "keep_row", "machine_line",
+    "print_rows",
+]  # fmt: skip
 
 # Constructor arguments of the released models.
 MODEL_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -51,23 +54,6 @@ def machine_line(*packages: str) -> str:
     return " | ".join([device, f"{platform.system()} {platform.machine()}", *versions])
 
 
-def interleaved_medians(fns: Mapping[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each function. They take turns, so that a drift of the machine meets all of them alike.
-
-    Args:
-        fns: name to a function without arguments; on CUDA it is timed with events, to the end of its kernels.
-        repeats: timed rounds.
-        warmup: rounds before them.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in fns}
-    for round_ in range(warmup + repeats):
-        for name, fn in fns.items():
-            elapsed = _time_once(fn)
-            if round_ >= warmup:
-                seconds[name].append(elapsed)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def check_close(name: str, out: Tensor, ref: Tensor, tolerance: float) -> float:
     """The relative error of `out` against another implementation, within `tolerance`: a wrong kernel has no speed.
 
@@ -80,29 +66,6 @@ def check_close(name: str, out: Tensor, ref: Tensor, tolerance: float) -> float:
     if not error <= tolerance:
         raise AssertionError(f"{name}: relative error {error:.3g} against the reference, expected <= {tolerance:.3g}")
     return error
-
-
-def graphed(call: Callable[[], Any], device: str, name: str = "") -> tuple[Callable[[], Any], bool]:
-    """On CUDA a graph of the call, so that what is timed is the GPU and not Python, and whether there is one.
-
-    What cannot be captured, because it synchronises, stays as it is, and is printed.
-    """
-    if device != "cuda":
-        return call, True
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        print(f"not captured: {name} ({str(error).strip().splitlines()[0]})")
-        return call, False
-    return graph.replay, True
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -120,20 +83,6 @@ def keep_row(row: dict[str, Any], path: str | Path | None) -> None:
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The rows as the last line of a bench, in JSON."""
     print(json.dumps(rows), flush=True)
-
-
-def _time_once(fn: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        fn()
-        return time.perf_counter() - start
-    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start_event.record()
-    fn()
-    end_event.record()
-    torch.cuda.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
 
 
 def _processor() -> str:

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from anyflow_kernels.testing.float64_oracle import oracle_ops
 
-from anyflow_kernels import launch_configs, load_ops
+from anyflow_kernels import launch_configs
 from anyflow_kernels.launch_configs import tuned
 from anyflow_kernels.launch_configs.tuned import Choice, Key
 from anyflow_kernels.testing.cases import SIZES
 from anyflow_kernels.testing.runs import judge_results, run_case
 from anyflow_kernels.tuning.subjects import Subject, subjects
 
-from .triton_checks import DEVICE, TRITON
+from .triton_checks import DEVICE, REFERENCE, TRITON
 
 ARCH = launch_configs.architecture(DEVICE)
 SMALL = replace(SIZES["tiny"], chunks=(1, 1), height=4, width=4, batch=1)
@@ -92,7 +91,7 @@ def test_what_won_is_launched_and_right(subject, table):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = run_case(case, TRITON, *run)
-    low, exact = (run_case(case, load_ops("reference"), *run, wide=wide) for wide in (False, True))
+    low, exact = run_case(case, REFERENCE, *run), run_case(case, REFERENCE, *run, wide=True)
     assert all(found.ok for found in judge_results(got, low, exact, BF16).values())
     assert tuned.choice_for(ARCH, subject.key) == replace(winner, reason="a test")
 

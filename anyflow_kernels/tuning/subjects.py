@@ -114,8 +114,11 @@ def _forwards(arch: int, key: Key) -> tuple[Choice, ...]:
         own = [row for row in launch_configs.ATTENTION_GLUON if (row.arch, row.head_dim) == (arch, key.size)]
         steps = {"num_stages": (2, 4)}
         found += [_choice(row, "gluon") for row in _with_neighbours(own, steps, _fits_attention("far_attention", arch))]
-        if arch != INTERPRETER and key.shape != "ranges":
-            found += [Choice(way=name, fields={}, reason="SDPA of PyTorch") for name in ("cudnn", "flash")]
+        if key.shape != "ranges":
+            found += [
+                Choice(way=way, fields={}, reason=preferred.reason if way == default else "SDPA of PyTorch")
+                for way in ("cudnn", "flash")
+            ]
     return tuple(sorted(found, key=lambda choice: choice.way != default))
 
 
@@ -192,10 +195,12 @@ def _others(arch: int, model: str, sizes: Sizes, dtype: torch.dtype) -> Iterator
     )
     key = Key("dual_timestep_embedding", dtype, sizes.dim)
     yield Subject(key=key, candidates=tuple(map(_choice, gemv)), shapes=cases(key.operation))
-    ways = sorted({"triton", "cublaslt"}, key=lambda way: way != rows_for(launch_configs.LINEAR_GELU, arch)[0].way)
+    now = rows_for(launch_configs.LINEAR_GELU, arch)[0]
+    ways = {"cublaslt": "in the GEMM's epilogue", "triton": "a pass after the GEMM"}
+    ways = {now.way: now.reason} | {way: reason for way, reason in ways.items() if way != now.way}
     yield Subject(
         key=Key("linear_gelu", dtype),
-        candidates=tuple(Choice(way=way, fields={}, reason="a way of linear_gelu") for way in ways),
+        candidates=tuple(Choice(way=way, fields={}, reason=reason) for way, reason in ways.items()),
         shapes=cases("linear_gelu"),
     )
 
