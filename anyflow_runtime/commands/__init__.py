@@ -11,7 +11,7 @@ import argparse
 import importlib
 from typing import Protocol, cast
 
-COMMANDS = ("generate", "serve", "train", "convert", "verify", "info", "bench")
+COMMANDS = ("generate", "serve", "train", "convert", "verify", "tune", "info", "bench")
 
 
 class UsageError(Exception):

@@ -1,4 +1,4 @@
-"""Versions, devices, the C++ extension, and which backends can run here and why not."""
+"""Versions, devices, the C++ extension, which backends can run here and why not, and which kernels serve and why."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for name, obstacle in available_backends().items():
         print(f"backend         {name:10} {'can run' if obstacle is None else f'cannot run: {obstacle}'}")
     print(f"auto            {load_ops('auto').backend}")
+    print("\n".join(_choices()))
     if args.launch_configs:
         print("\n".join(_launch_configs()))
     return 0
@@ -71,6 +72,22 @@ def _devices() -> list[str]:
             f"cuda:{index} {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {size}, CUDA {torch.version.cuda}"
         )
     return lines
+
+
+def _choices() -> list[str]:
+    """What serves each launch of the released models on the first device, and why."""
+    import torch
+
+    from anyflow_kernels import available_backends
+    from anyflow_kernels.tuning.report import current_choices
+
+    if available_backends()["triton"]:
+        return ["choices         none: backend triton cannot run here"]
+    try:
+        lines = list(current_choices(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")))
+    except RuntimeError as error:
+        return [f"choices         none for this GPU: {error}"]
+    return [f"choices         {lines[0]}", *(f"  {line}" for line in lines[1:])]
 
 
 def _launch_configs() -> list[str]:
