@@ -108,7 +108,7 @@ def test_a_row_takes_the_parameters_that_won_for_its_dtype_and_width(table):
 
 def test_linear_gelu_takes_the_way_that_won(table):
     """Also where it is traced: it is a constant there."""
-    x, weight, bias = torch.zeros(3, 4, dtype=BF16), torch.zeros(5, 4, dtype=BF16), torch.zeros(5, dtype=BF16)
+    x, weight, bias = (torch.zeros(shape, dtype=BF16, device=DEVICE) for shape in ((3, 4), (5, 4), (5,)))
     counted = []
     module = importlib.import_module("anyflow_kernels.triton_ops.linear_gelu")
     original = torch.ops.aten._addmm_activation.default
@@ -172,10 +172,11 @@ def test_a_winner_with_descriptors_serves_only_what_they_can_address(table):
 
 def test_a_trial_is_never_served_by_something_else():
     """It would time the default under another's name."""
+    before = served(QUERIES, KEYS, DENSE)
     with tuned.forced(ARCH, {FEW: Choice(way="gluon", fields={})}):
         with pytest.raises(ValueError, match="far_attention bfloat16 16 dense, few keys: gluon cannot take"):
             served(QUERIES, KEYS, DENSE)
-    assert served(QUERIES, KEYS, DENSE)[0] == "launch_forward"
+    assert served(QUERIES, KEYS, DENSE) == before
 
 
 @pytest.mark.parametrize("name", ["card", "torch", "triton", "cudnn", "driver", "kernels"])
@@ -230,6 +231,39 @@ def test_no_file_is_read_after_the_first_launch(table, monkeypatch):
     path.unlink()
     monkeypatch.setattr(tuned, "read_table", lambda path: pytest.fail("read again"))
     assert launch_configs.row_tile("rms_norm", ARCH, 32, BF16).rows == 2
+
+
+def test_without_a_home_or_access_defaults_serve(monkeypatch):
+    """No launch may fail for want of a table."""
+
+    def fail(error: Exception) -> Callable[..., Any]:
+        def raising(*arguments: Any) -> Any:
+            raise error
+
+        return raising
+
+    monkeypatch.delenv("ANYFLOW_TUNING")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name, error in (("expanduser", RuntimeError("no home")), ("is_file", PermissionError("not yours"))):
+        tuned.forget_tables()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fail(error))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                row = launch_configs.row_tile("rms_norm", ARCH, 32, BF16)
+            assert row == launch_configs.row_tile("rms_norm", ARCH, 32)
+            assert [str(w.message).partition(": ")[2][:24] for w in told] == ["not used, it cannot be r"] * (
+                name == "is_file"
+            )
+
+
+def test_two_kinds_of_card_with_the_same_rows_take_the_defaults(table, monkeypatch):
+    """Launches know the architecture alone: what won on an L40S is not known to win on the RTX 4090 beside it."""
+    table({Key("rms_norm", BF16, 32): Choice(fields={"rows": 2})})
+    monkeypatch.setattr(tuned, "_devices", lambda arch: [torch.device("cuda", i) for i in range(2)])
+    monkeypatch.setattr(tuned, "_card", lambda device: ("L40S", "RTX 4090")[device.index])
+    with pytest.warns(UserWarning, match="not used, L40S and RTX 4090 share launch parameters here"):
+        assert launch_configs.row_tile("rms_norm", ARCH, 32, BF16) == launch_configs.row_tile("rms_norm", ARCH, 32)
 
 
 def test_where_tables_lie(monkeypatch, tmp_path):

@@ -122,7 +122,8 @@ def forget_tables() -> None:
 
 
 def table_path(card: str) -> Path | None:
-    """The file of a card: that of ANYFLOW_TUNING (None where it is empty), else one in the user's cache directory."""
+    """The file of a card: that of ANYFLOW_TUNING, else one in the user's cache directory. None where the variable is
+    empty, or the user has no home."""
     override = os.environ.get(VARIABLE)
     if override is not None:
         return Path(override) if override else None
@@ -133,7 +134,10 @@ def table_path(card: str) -> Path | None:
     else:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     name = re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
-    return directory.expanduser() / "anyflow" / f"tuning_{name}.json"
+    try:
+        return directory.expanduser() / "anyflow" / f"tuning_{name}.json"
+    except RuntimeError:
+        return None
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -195,7 +199,11 @@ def choice_of(entry: dict[str, Any]) -> Choice | None:
 def _load(arch: int) -> dict[Key, Choice]:
     devices = _devices(arch)
     cards = {_card(device) for device in devices}
-    paths = [path for card in sorted(cards) if (path := table_path(card)) is not None and path.is_file()]
+    paths = [path for card in sorted(cards) if (path := table_path(card)) is not None]
+    try:
+        paths = [path for path in paths if path.is_file()]
+    except OSError as error:
+        return _unused(paths[0], f"it cannot be read ({error})")
     if not paths:
         return {}
     if len(cards) > 1:
