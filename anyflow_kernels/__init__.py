@@ -65,6 +65,8 @@ def _obstacle(backend: str) -> str | None:
         return "the package triton is not installed (pip install triton)"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "no CUDA device (TRITON_INTERPRET=1, set before Python starts, runs them on a CPU, slowly, for tests)"
+    if torch.cuda.is_available() and torch.version.hip:
+        return f"ROCm {torch.version.hip}: the kernels are for NVIDIA GPUs ('torch' runs here)"
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anyflow_kernels import aot, launch_configs
+from anyflow_kernels import aot, launch_configs, load_ops
 from anyflow_kernels.aot_case import MODELS
 from anyflow_kernels.launch_configs import gpus
 
@@ -167,7 +167,8 @@ def test_occupancy_counts_registers_in_blocks_of_eight():
     ("capability", "arch"),
     [
         ((8, 0), 80),
-        ((8, 6), 89),
+        ((8, 6), 86),
+        ((8, 7), 80),
         ((8, 9), 89),
         ((9, 0), 90),
         ((10, 3), 100),
@@ -189,6 +190,24 @@ def test_a_chip_without_rows_says_whose_it_takes(capability, arch, monkeypatch):
     gpus._cuda_architecture.cache_clear()
     with pytest.warns(UserWarning, match=rf"got {capability[0]}\.{capability[1]}, expected .* rows of sm_{arch} "):
         assert launch_configs.architecture("cuda:0") == arch
+
+
+@pytest.mark.parametrize("capability", [(9, 4), (9, 0), (11, 0)], ids=str)
+def test_rocm_is_refused(capability, monkeypatch):
+    """An AMD GPU says it has a capability: an MI300's is 9.4, which would be taken for an H100's kind."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    gpus._cuda_architecture.cache_clear()
+    with pytest.raises(RuntimeError, match=r"device: got an AMD GPU \(ROCm 6.4.1\), expected an NVIDIA GPU"):
+        launch_configs.architecture("cuda:0")
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run here: ROCm 6.4.1"):
+        load_ops("triton")
+
+
+def test_dependent_launches_start_with_hopper():
+    assert [arch for arch in launch_configs.ARCHITECTURES if launch_configs.pdl(arch)] == [90, 100, 120]
+    assert not launch_configs.pdl(launch_configs.INTERPRETER)
 
 
 def test_a_chip_too_old_is_refused(monkeypatch):

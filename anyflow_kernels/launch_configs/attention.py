@@ -22,6 +22,7 @@ class AttentionConfig:
     block_m queries by block_n keys; a kernel walks the one it does not own. `descriptors`: tensor descriptors (TMA)
     where strides allow. `precision`: of the products of fp32 inputs. `split_cost`: see `tile_schedule.query_schedule`.
     `per_multiprocessor`: programs that fit a multiprocessor at once; the grid is that many per multiprocessor.
+    `warp_specialize`: loading, products and softmax on warps of their own, where Triton can (tcgen05 of sm_100).
     """
 
     arch: int
@@ -35,6 +36,7 @@ class AttentionConfig:
     precision: str = "tf32x3"
     split_cost: int | None = None
     per_multiprocessor: int = 1
+    warp_specialize: bool = False
     reason: str
 
 
@@ -58,10 +60,12 @@ ATTENTION_FORWARD = (
         split_cost=8, reason="compiled: 216 registers, 48 KB"),
     AttentionConfig(arch=80, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=3,
         split_cost=8, reason="compiled: 255 registers, 64 KB; 64 keys or 4 warps spill"),
-    AttentionConfig(arch=89, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 191 registers, 48 KB"),
-    AttentionConfig(arch=89, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2,
-        split_cost=8, reason="compiled: 254 registers, 64 KB of 99; 64 keys spill"),
+    *(AttentionConfig(arch=arch, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
+        split_cost=8, reason="compiled: 191 registers, 48 KB")
+        for arch in (86, 89)),
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2,
+        split_cost=8, reason="compiled: 254 registers, 64 KB of 99; 64 keys spill")
+        for arch in (86, 89)),
     AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
         split_cost=8, reason="compiled: 178 registers, 64 KB; where TMA cannot"),
     AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
@@ -94,10 +98,12 @@ ATTENTION_DQ = (
         reason="compiled: 252 registers, 48 KB; 64 queries spill"),
     AttentionConfig(arch=80, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
         reason="compiled: 215 registers, 72 KB"),
-    AttentionConfig(arch=89, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
-        reason="compiled: 254 registers, 32 KB; 128 queries spill"),
-    AttentionConfig(arch=89, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 164 registers, 72 KB"),
+    *(AttentionConfig(arch=arch, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
+        reason="compiled: 254 registers, 32 KB; 128 queries spill")
+        for arch in (86, 89)),
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
+        reason="compiled: 164 registers, 72 KB")
+        for arch in (86, 89)),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
         reason="compiled: 210 registers, 48 KB; where TMA cannot"),
     AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
@@ -125,8 +131,9 @@ ATTENTION_DKDV = (
     *_INTERPRETED,
     AttentionConfig(arch=80, head_dim=128, block_m=32, block_n=64, num_warps=8, num_stages=2,
         reason="compiled: 168 registers, 52 KB; 64 queries or 128 keys spill"),
-    AttentionConfig(arch=89, head_dim=128, block_m=32, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 160 registers, 52 KB; 64 queries or 128 keys spill"),
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=32, block_n=64, num_warps=8, num_stages=2,
+        reason="compiled: 160 registers, 52 KB; 64 queries or 128 keys spill")
+        for arch in (86, 89)),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2,
         reason="compiled: 198 registers, 48 KB; where TMA cannot"),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-__all__ = ["ARCHITECTURES", "GPUS", "INTERPRETER", "Gpu", "architecture", "rows_for"]
+__all__ = ["ARCHITECTURES", "GPUS", "INTERPRETER", "Gpu", "architecture", "pdl", "rows_for"]
 
 INTERPRETER = 0  # the rows for TRITON_INTERPRET=1
 
@@ -35,10 +35,11 @@ def _gpu(arch: int, name: str, multiprocessors: int, shared_kib: int, **limits: 
     return Gpu(arch=arch, name=name, multiprocessors=multiprocessors, **shared, **limits)
 
 
-# CUDA C++ programming guide, "Compute capabilities". Matrix products: mma.sync on 80, 89 and 120, wgmma on 90, tcgen05
-# on 100. TMA from 90 on.
+# CUDA C++ programming guide, "Compute capabilities". Matrix products: mma.sync on 80, 86, 89 and 120, wgmma on 90,
+# tcgen05 on 100. TMA from 90 on.
 GPUS = {
     80: _gpu(80, "A100", multiprocessors=108, shared_kib=164),
+    86: _gpu(86, "A40, RTX 3090", multiprocessors=84, shared_kib=100, threads=1536, blocks=16),
     89: _gpu(89, "L40S, RTX 4090", multiprocessors=142, shared_kib=100, threads=1536, blocks=24),
     90: _gpu(90, "H100, H200", multiprocessors=132, shared_kib=228),
     100: _gpu(100, "B200", multiprocessors=148, shared_kib=228),
@@ -46,7 +47,7 @@ GPUS = {
 }
 ARCHITECTURES = tuple(GPUS)
 # Chips with the instructions and at least the shared memory of another: they take its rows.
-_SAME_ROWS = {(8, 6): 89, (8, 7): 80, (10, 3): 100, (11, 0): 100, (12, 1): 120}
+_SAME_ROWS = {(8, 7): 80, (10, 3): 100, (11, 0): 100, (12, 1): 120}
 
 
 class _Row(Protocol):
@@ -67,7 +68,7 @@ def architecture(device: torch.device | str) -> int:
     not newer than it, and a warning says so.
 
     Raises:
-        RuntimeError: on a GPU older than 8.0.
+        RuntimeError: on a GPU older than 8.0, and on AMD's.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -77,6 +78,11 @@ def architecture(device: torch.device | str) -> int:
 
 @cache
 def _cuda_architecture(index: int) -> int:
+    if torch.version.hip:  # reports a capability as well: an MI300 is 9.4
+        raise RuntimeError(
+            f"device: got an AMD GPU (ROCm {torch.version.hip}), expected an NVIDIA GPU for the triton backend; "
+            "the backend 'torch' runs there"
+        )
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         raise RuntimeError(f"compute capability: got {major}.{minor}, expected 8.0 or newer for the triton backend")
@@ -93,6 +99,14 @@ def _cuda_architecture(index: int) -> int:
         stacklevel=2,
     )
     return used
+
+
+def pdl(arch: int) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch): compute capability 9.0.
+
+    Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+    """
+    return arch >= 90
 
 
 def rows_for(rows: Iterable[Row], arch: int) -> list[Row]:

@@ -174,6 +174,7 @@ class LinearGelu:
 LINEAR_GELU = (
     LinearGelu(arch=INTERPRETER, way="triton", reason="the CPU's _addmm_activation is the erf GELU"),
     LinearGelu(arch=80, way="triton", reason="no measurement known: one pass more, but of known cost"),
+    LinearGelu(arch=86, way="triton", reason="no measurement known; as sm_120"),
     LinearGelu(arch=89, way="triton", reason="no measurement known; as sm_120"),
     LinearGelu(arch=90, way="cublaslt", reason="sglang#34350 and #28366: beneficial on H100 and H200; not timed by us"),
     LinearGelu(arch=100, way="cublaslt", reason="sglang#28168: 1.18x to 1.24x on a B200; not timed by us"),
