@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that is not here, and read what the compiler made of it.
 
-    python -m anyflow_kernels.aot [--target sm_80|...|sm_120] [--json FILE] [--check] [--kernel SUBSTRING]
+    python -m anyflow_kernels.aot [--target sm_80|...|sm_120] [--json FILE] [--check] [--kernel SUBSTRING] [--sweep]
 
 Kernels, arguments and shapes come from the `aot_cases` of the modules in `triton_ops`, launch parameters from
 `launch_configs`: what is compiled is what a launch on that GPU would compile. Registers and stack are read from the
@@ -32,15 +32,19 @@ from .pipe_model import MATRIX, Chip, chip_of, model, parse
 MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
 
-def collect(arch: int) -> list[AotCase]:
-    """The cases of all modules in `triton_ops` for one architecture."""
+def collect(arch: int, kernel: str = "", sweep: bool = False) -> list[AotCase]:
+    """The cases of all modules in `triton_ops` for one architecture whose kernel and shape contain `kernel`.
+
+    `sweep`: candidates for rows instead of what the rows say.
+    """
+    function = "aot_candidates" if sweep else "aot_cases"
     package = importlib.import_module(".triton_ops", __package__)
     cases: list[AotCase] = []
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{package.__name__}.{info.name}")
-        if hasattr(module, "aot_cases"):
-            cases += module.aot_cases(arch)
-    return cases
+        if hasattr(module, function):
+            cases += getattr(module, function)(arch)
+    return [case for case in cases if kernel in f"{case.name} {case.shape}"]
 
 
 def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str, Any]:
@@ -173,10 +177,10 @@ def _problems(case: AotCase, arch: int, row: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _compile_by_index(job: tuple[int, int]) -> dict[str, Any]:
+def _compile_by_index(job: tuple[int, int, str, bool]) -> dict[str, Any]:
     """A worker's job: cases hold functions, which do not travel between processes, so their index does."""
-    arch, index = job
-    case = collect(arch)[index]
+    arch, index, kernel, sweep = job
+    case = collect(arch, kernel, sweep)[index]
     try:
         return compile_case(case, arch)
     except Exception as error:  # must not hide the other kernels; the row says so and fails the check
@@ -185,11 +189,16 @@ def _compile_by_index(job: tuple[int, int]) -> dict[str, Any]:
         return {"kernel": case.name, "target": f"sm_{arch}", "shape": case.shape, "problems": [message]}
 
 
-def compile_all(archs: tuple[int, ...], kernel: str = "", processes: int = 2) -> list[dict[str, Any]]:
-    """The rows of every case for every architecture whose kernel name contains `kernel`."""
-    jobs = [(arch, i) for arch in archs for i, case in enumerate(collect(arch)) if kernel in case.name]
+def compile_all(
+    archs: tuple[int, ...], kernel: str = "", processes: int = 2, sweep: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of every case (or candidate) for every architecture, chosen as in `collect`."""
+    jobs = [(arch, i, kernel, sweep) for arch in archs for i in range(len(collect(arch, kernel, sweep)))]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return pool.map(_compile_by_index, jobs, chunksize=1)
+        rows = pool.map(_compile_by_index, jobs, chunksize=1)
+    if sweep:  # the best last
+        rows.sort(key=lambda row: (row["target"], row["kernel"], row.get("model", {}).get("expected", 0.0)))
+    return rows
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -214,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = [f"sm_{arch}" for arch in ARCHITECTURES]
     parser.add_argument("--target", choices=names, action="append", help="may be repeated; all of them if absent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
-    parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only kernels whose name contains it")
+    parser.add_argument("--kernel", default="", metavar="SUBSTRING", help="only where name and shape contain it")
+    parser.add_argument("--sweep", action="store_true", help="compile candidates for rows instead, the best last")
     parser.add_argument("--check", action="store_true", help="exit with 1 if any kernel has a problem")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
@@ -228,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{'kernel':<44}{'shape':<26}{'target':<8}{'regs':>5}{'spills':>7}{'shared':>9}{'threads':>9}{'blocks':>8} "
         f"{'limited by':<14}{'excess':>6}{'bound':>7}{'serial':>8}{'bar':>5} {'busiest':<9}instructions"
     )
-    rows = compile_all(archs, options.kernel, options.processes)
+    rows = compile_all(archs, options.kernel, options.processes, options.sweep)
     for row in rows:
         print(format_row(row))
     if options.json:

@@ -1,9 +1,10 @@
 """A model of a compiled kernel: how many cycles of a multiprocessor each of its pipes takes, read from the SASS.
 
-An attention kernel is its inner loop: the innermost loop with matrix products (one per partition where warps are
-specialised), of which the blocks that every iteration passes are counted, and those with the products. Any other kernel
-is its whole body, every instruction once. Nobody has measured what comes out: it is a bound that knows no latencies,
-bank conflicts, caches or clocks under load, good for choosing between candidates and for finding what limits one.
+An attention kernel is its inner loop: the innermost loop with matrix products or exponentials (one per partition where
+warps are specialised), of which the blocks that every iteration passes are counted, and those with products. Any other
+kernel is its whole body, every instruction once. Nobody has measured what comes out: it is a bound that knows no
+latencies, bank conflicts, caches or clocks under load, good for choosing between candidates and for finding what limits
+one.
 
 Source: rates per multiprocessor and clock from the CUDA C++ Programming Guide, "Arithmetic Instructions"; products from
 the peaks, multiprocessors and boost clocks of NVIDIA's whitepapers (GA100, GA102, AD102, GH100, RTX Blackwell) and data
@@ -99,8 +100,8 @@ def parse(sass: str) -> list[Instruction]:
     return [Instruction(int(a, 16), p, op, operands.strip()) for a, p, op, operands in _LINE.findall(sass)]
 
 
-def matrix_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops with matrix products: of each, the instructions that count."""
+def inner_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops with matrix products or exponentials: of each, the instructions that count."""
     blocks, successors = _blocks(code)
     dominators = _dominators(successors)
     loops: dict[int, set[int]] = {}
@@ -117,10 +118,14 @@ def matrix_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
                         body.add(block)
                         waiting += predecessors[block]
     has_products = [any(MATRIX.match(i.opcode) for i in block) for block in blocks]
-    matrix = {head: body for head, body in loops.items() if any(has_products[b] for b in body)}
+    works = [
+        products or any(i.opcode == "MUFU.EX2" for i in block)
+        for products, block in zip(has_products, blocks, strict=True)
+    ]
+    working = {head: body for head, body in loops.items() if any(works[b] for b in body)}
     found = []
-    for head, body in matrix.items():
-        if not any(other < body for other in matrix.values()):
+    for head, body in working.items():
+        if not any(other < body for other in working.values()):
             always = [b for b in body if has_products[b] or all(dominators[u] >> b & 1 for u in latches[head])]
             found.append([i for b in sorted(always) for i in blocks[b]])
     return found
@@ -260,7 +265,7 @@ def pipe_cycles(code: Iterable[Instruction], chip: Chip, warps: int) -> tuple[di
         elif name in ("LDSM", "STSM"):
             matrices = int(modifiers[-1]) if modifiers[-1].isdigit() else 1
             cycles["shared"] += warps * matrices * 128 / chip.shared_bytes
-        elif name in ("LDS", "STS", "LDGSTS", "ATOMS", "SHFL"):
+        elif name in ("LDS", "STS", "LDGSTS", "ATOMS", "SHFL", "LDL", "STL"):  # spills live in L1, the same memory
             cycles["shared"] += warps * max(1, _bytes(opcode) * 32 / chip.shared_bytes)
     return cycles, products
 
@@ -316,10 +321,13 @@ def model(sass: str, chip: Chip, *, warps: int, blocks: int = 1, products: int =
     code = parse(sass)
     if not products:
         return _body(code, chip, warps)
-    loops = matrix_loops(code)
-    if not loops:
+    loops = inner_loops(code)
+    if not any(MATRIX.match(i.opcode) for loop in loops for i in loop):
         raise ValueError("SASS: no loop with matrix products")
-    parts = [pipe_cycles(loop, chip, warps) for loop in loops]
+    # A partition that only issues products for tcgen05 is one warp.
+    issues = [not any(i.opcode.startswith("MUFU") for i in loop) for loop in loops]
+    only = [issue and any(i.opcode.startswith("UTC") for i in loop) for issue, loop in zip(issues, loops, strict=True)]
+    parts = [pipe_cycles(loop, chip, 1 if one else warps) for loop, one in zip(loops, only, strict=True)]
     total = {pipe: sum(cycles[pipe] for cycles, _ in parts) for pipe in PIPES}
     # TMA writes shared memory too, without an instruction per warp.
     if any(i.opcode.startswith("UTMALDG") for i in code):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anyflow_kernels import pipe_model
-from anyflow_kernels.pipe_model import CHIPS, Chip, matrix_loops, model, parse, pipe_cycles
+from anyflow_kernels.pipe_model import CHIPS, Chip, inner_loops, model, parse, pipe_cycles
 
 
 def sass(*instructions: str) -> str:
@@ -35,20 +35,20 @@ LOOP = sass(
 
 
 def test_the_loop_is_what_every_iteration_passes():
-    (loop,) = matrix_loops(parse(LOOP))
+    (loop,) = inner_loops(parse(LOOP))
     assert [i.address for i in loop] == [0x10, 0x20, 0x30, 0x40, 0x50, 0x70]
 
 
 def test_an_outer_loop_with_products_of_its_own_is_not_the_inner_one():
     inner_and_edge = sass(HMMA, HMMA, "@P0 BRA 0x10", HMMA, "@P1 BRA 0x0", "EXIT")
-    (loop,) = matrix_loops(parse(inner_and_edge))
+    (loop,) = inner_loops(parse(inner_and_edge))
     assert [i.address for i in loop] == [0x10, 0x20]
 
 
 def test_a_predicated_call_leaves_the_loop():
     """ptxas of sm_80 writes the end of a loop so; taken for a call, the loop would never end."""
     code = sass("NOP", HMMA, "@P3 CALL.REL.NOINC 0x40", "BRA 0x10", HMMA, "@P1 BRA 0x0", "EXIT")
-    (loop,) = matrix_loops(parse(code))
+    (loop,) = inner_loops(parse(code))
     assert [i.address for i in loop] == [0x10, 0x20, 0x30]
 
 
@@ -56,7 +56,7 @@ def test_each_partition_has_its_loop():
     """What an indirect branch leads to has no other way in; the first of the two waits in place before its loop."""
     wait = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R4", "@!P0 BRA 0x10"]
     code = sass("BRX R10 -0x10", *wait, HMMA, "@P1 BRA 0x30", "EXIT", HMMA, HMMA, "@P1 BRA 0x60", "EXIT")
-    assert [[i.address for i in loop] for loop in matrix_loops(parse(code))] == [[0x30, 0x40], [0x60, 0x70, 0x80]]
+    assert [[i.address for i in loop] for loop in inner_loops(parse(code))] == [[0x30, 0x40], [0x60, 0x70, 0x80]]
 
 
 @pytest.mark.parametrize(

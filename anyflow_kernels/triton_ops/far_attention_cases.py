@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ _PRODUCTS = {
     "_far_attention_dq_kernel": 3,
     "_far_attention_dkdv_kernel": 4,
 }
+_TILES = ((32, 64, 128), (32, 64, 128), (4, 8))  # queries, keys, warps
 _TYPES = {2: "bf16", 4: "fp32"}
 _FLOATS = ("lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr")
 _TABLES = ("starts_ptr", "items_ptr", "ranges_ptr", "merges_ptr")
@@ -82,6 +84,20 @@ def aot_cases(arch: int) -> list[AotCase]:
         *_row_cases(_far_attention_merge_kernel, launch_configs.ATTENTION_FORWARD, arch, MERGE_ROWS),
         *_row_cases(_far_attention_delta_kernel, launch_configs.ATTENTION_DQ, arch, DELTA_ROWS),
     ]
+
+
+def aot_candidates(arch: int) -> list[AotCase]:
+    """What could be a row for half precision, for `aot --sweep`; as many blocks share a multiprocessor as fit."""
+    cases = []
+    kernels = (_far_attention_forward_kernel, _far_attention_dq_kernel, _far_attention_dkdv_kernel)
+    ways = (False, True)[: 1 + (arch >= 90)]
+    for kernel, head_dim, tma, m, n, warps in itertools.product(kernels, (64, 128), ways, *_TILES):
+        if m * n >= 32 * 64 and (warps == 8 or m * n <= 64 * 128):
+            shape = f"d{head_dim}{'' if tma else ' pointers'} {m}x{n} {warps} warps"
+            row = AttentionConfig(arch=arch, head_dim=head_dim, block_m=m, block_n=n, num_warps=warps, num_stages=2,
+                descriptors=tma, reason=shape)  # fmt: skip
+            cases.append(replace(attention_case(kernel, row, shape, head_dim), per_multiprocessor=None))
+    return cases
 
 
 def _row_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int, rows: int) -> list[AotCase]:
