@@ -41,8 +41,8 @@ def accelerate(
         compile: True, or keywords of `torch.compile`, to compile each transformer block. Every block and every chunk
             length is a graph of its own; past torch's recompilation limit blocks run uncompiled.
         backend: see `anyflow_kernels.load_ops`.
-        cuda_graphs: on CUDA, capture each chunk's denoising step at its second run and replay it from then on, in
-            later rollouts too; the model keeps the slabs of the latest rollout for it (`release_memory`).
+        cuda_graphs: on CUDA, capture each denoising step and prefill at its second run and replay it from then on, in
+            later rollouts too; the model keeps the memory of the latest rollout for it (`release_memory`).
 
     Returns:
         The same object.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import weakref
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ import torch
 from anyflow_kernels import AttentionPlan
 from anyflow_kernels.triton_ops.tile_schedule import encode, query_schedule
 from anyflow_runtime import FarCache
-from anyflow_runtime.models import cuda_graphs
+from anyflow_runtime.models import AnyFlowModel, cuda_graphs
 from anyflow_runtime.models.cuda_graphs import StepGraphs
 from anyflow_runtime.models.far import AnyFlowFARTransformer3DModel
 
@@ -26,7 +26,10 @@ from .tiny import tiny_model
 
 
 def record(step: Any, inputs: tuple[torch.Tensor, ...], pool: Any) -> tuple[Any, torch.Tensor]:
-    output = torch.full_like(step(*inputs), torch.nan)
+    result = step(*inputs)
+    if result is None:
+        return lambda: step(*inputs), None
+    output = torch.full_like(result, torch.nan)
     return lambda: output.copy_(step(*inputs)), output
 
 
@@ -39,16 +42,22 @@ def no_gradients() -> Any:
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> AnyFlowFARTransformer3DModel:
-    monkeypatch.setattr(AnyFlowFARTransformer3DModel, "captures", lambda self, device: self.cuda_graphs)
-    monkeypatch.setattr(cuda_graphs, "capture_cuda", record)
+    on_cpu(monkeypatch)
     return tiny_model()
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture on this machine, by the recorder; all conditions but the device's are the model's own."""
+    captured = AnyFlowModel._captured_weights
+    monkeypatch.setattr(AnyFlowModel, "_captured_weights", lambda self, _: captured(self, torch.device("cuda")))
+    monkeypatch.setattr(cuda_graphs, "capture_cuda", record)
 
 
 def rollout(model: Any, text: torch.Tensor, graphs: bool, steps: int = 4, height: int = 8, fail_at: int = -1) -> Any:
     model.cuda_graphs = graphs
     partition, batch = [1, 2, 2], text.shape[0]
     generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(batch, 5, 4, height, 8, generator=generator)
+    noise = torch.randn(batch, 5, 4, height, 8, generator=generator).to(text)
     cache = FarCache.for_model(model, partition, height, 8, batch)
     count = 0
     for i, frames in enumerate(partition):
@@ -77,7 +86,7 @@ def test_replayed_rollout_equals_the_eager_one(model: Any) -> None:
 def test_one_step_per_chunk_is_captured_by_the_second_rollout(model: Any) -> None:
     text = torch.randn(1, 5, 8)
     eager, _ = rollout(model, text, graphs=False, steps=1)
-    for counts in ((0, 0), (3, 3), (3, 6)):
+    for counts in ((0, 0), (6, 6), (6, 12)):  # a step and a prefill per chunk
         replayed, graphs = rollout(model, text, graphs=True, steps=1)
         assert torch.equal(replayed, eager) and (graphs.captures, graphs.replays) == counts
 
@@ -89,7 +98,8 @@ def test_later_rollouts_replay_what_the_first_captured(model: Any) -> None:
         eager, _ = rollout(model, text, graphs=False)
         replayed, graphs = rollout(model, text, graphs=True)
         assert torch.equal(replayed, eager)
-        assert (graphs.captures, graphs.replays) == (3, 9 + 12 * (rollouts - 1))
+        # The steps from the first rollout on, the prefills, one per chunk, from the second on.
+        assert (graphs.captures, graphs.replays) == (3 if rollouts == 1 else 6, 9 + 15 * (rollouts - 1))
 
 
 def test_rollouts_at_the_same_time_share_nothing(model: Any) -> None:
@@ -138,7 +148,7 @@ def test_a_larger_slab_forgets_what_was_captured_over_the_old_one(model: Any) ->
     assert cache.graphs.captures == 1
     model.prefill(cache, x, [1], text)
     model(x, time, time, text, [1, 1], kv_cache=cache)
-    assert len(cache.graphs) == 1  # the step over the new slabs
+    assert len(cache.graphs) == 1  # the step over the new slabs, and no prefill over the old
     del cache
     assert not model.idle_workspaces._idle
 
@@ -222,16 +232,82 @@ def test_a_moved_model_keeps_no_memory(model: Any) -> None:
     assert not model.to(torch.float64).idle_workspaces._idle
 
 
-def test_weights_that_went_and_came_back_are_captured_anew(model: Any) -> None:
-    """In the middle of a rollout, as offloading moves them, and even to where the first of them has been."""
-    model.cuda_graphs = True
+def moved(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().clone()
+
+
+MOVES: dict[str, Any] = {
+    "the model": lambda model: model._apply(moved),
+    "a block": lambda model: model.blocks[1]._apply(moved),
+    "a linear": lambda model: model.blocks[1].attn2.to_v.to(torch.float64).to(torch.float32),
+    "the data of a bias": lambda model: setattr(model.proj_out.bias, "data", moved(model.proj_out.bias)),
+    "a state dict": lambda model: model.load_state_dict(
+        {name: moved(weight) for name, weight in model.state_dict().items()}, assign=True
+    ),
+    "a module": lambda model: setattr(model, "proj_out", copy.deepcopy(model.proj_out)),
+}
+
+
+@pytest.mark.parametrize("move", [None, *MOVES])
+def test_weights_that_moved_are_captured_anew(model: Any, move: str | None) -> None:
+    """In the middle of a rollout, as offloading moves them: a replay would read freed memory."""
     cache = FarCache.for_model(model, [1], 8, 8)
-    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
-    for moved, captures in ((False, 0), (False, 1), (False, 1), (True, 1), (False, 2)):
-        if moved:
-            model._apply(lambda weight: weight)
+    before, x, time, text = [], torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    for step, captures in enumerate((0, 1, 1, 1, 2)):
+        if step == 3 and move is not None:
+            before = [*model.parameters()], [p.data for p in model.parameters()]  # held: none may come back by chance
+            MOVES[move](model)
         model(x, time, time, text, [1], kv_cache=cache)
-        assert cache.graphs.captures == captures
+        assert cache.graphs.captures == (captures if move else min(captures, 1))
+    del before
+
+
+def test_weights_changed_in_place_are_seen_by_a_replay(model: Any) -> None:
+    """As an optimiser changes them: nothing has moved, so nothing is captured anew."""
+    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    cache = FarCache.for_model(model, [1], 8, 8)
+    samples = []
+    for step in range(4):
+        if step == 3:
+            model.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()})
+        samples.append(model(x, time, time, text, [1], kv_cache=cache).sample)
+    assert cache.graphs.captures == 1 and torch.equal(samples[1], samples[2])
+    assert not torch.equal(samples[2], samples[3])
+
+
+def test_the_bidirectional_model_replays_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any prompt and time, in later videos too; another size is another graph."""
+    on_cpu(monkeypatch)
+    model = tiny_model(causal=False)
+    for frames in (2, 3):
+        calls = [
+            (torch.randn(1, frames, 4, 8, 8), torch.full((1, frames), t), torch.zeros(1, frames), torch.randn(1, 5, 8))
+            for t in (1000.0, 500.0, 250.0)
+        ]
+        model.cuda_graphs = False
+        eager = [model(*call).sample for call in calls]
+        model.cuda_graphs = True
+        assert all(torch.equal(model(*call).sample, want) for call, want in zip(calls, eager, strict=True))
+    (idle,) = model.idle_workspaces._idle
+    assert (idle.graphs.captures, idle.graphs.replays) == (2, 4)
+
+
+def test_a_call_within_a_call_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of another thread: the inputs of the first may not be overwritten before its replay."""
+    on_cpu(monkeypatch)
+    model = tiny_model(causal=False)
+    call = (torch.randn(1, 2, 4, 8, 8), torch.full((1, 2), 500.0), torch.zeros(1, 2), torch.randn(1, 5, 8))
+    want = model(*call).sample
+    patchify, other = model._patchify, (torch.randn(1, 2, 4, 8, 8), *call[1:])
+
+    def calling(*arguments: Any) -> torch.Tensor:
+        model._patchify = patchify
+        model(*other)
+        return patchify(*arguments)
+
+    for _ in range(3):
+        model._patchify = calling
+        assert torch.equal(model(*call).sample, want)
 
 
 def test_finished_chunks_are_forgotten() -> None:
@@ -243,20 +319,68 @@ def test_finished_chunks_are_forgotten() -> None:
     assert len(graphs) == StepGraphs.KEPT and graphs.captures == 40
 
 
-@pytest.mark.parametrize("obstacle", ["nothing", "switched off", "cpu", "gradients", "adapter", "offloaded", "hooked"])
+OBSTACLES: dict[str, Any] = {
+    "nothing": lambda model: None,
+    "hook of the model": lambda model: setattr(model, "_hf_hook", object()),  # it runs outside the step
+    "switched off": lambda model: setattr(model, "cuda_graphs", False),
+    "adapter": lambda model: setattr(model, "peft_config", {"default": object()}),
+    "offloaded": lambda model: model.blocks[1].norm2.to("meta"),
+    "offload of a block": lambda model: setattr(model.blocks[1], "_hf_hook", object()),
+    "offload of groups": lambda model: setattr(model.blocks[1].ffn.net[2], "_diffusers_hook", object()),
+    "cast of a layer": lambda model: setattr(model.proj_out, "_diffusers_hook", object()),
+    "forward hook": lambda model: model.blocks[0].attn1.to_q.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_captured_only_where_weights_stay(obstacle: str) -> None:
-    """A replay reads the addresses it was captured with: weights that change or move between steps rule it out."""
+    """A replay reads the addresses it was captured with: weights that change or move within a step rule it out, and
+    so does what a call does beside the forward."""
     model = tiny_model()
-    latents: Any = SimpleNamespace(device=torch.device("cpu" if obstacle == "cpu" else "cuda"))
-    model.cuda_graphs = obstacle != "switched off"
-    if obstacle == "adapter":
-        model.peft_config = {"default": object()}
-    if obstacle == "offloaded":
-        model.patch_embedding.to("meta")
-    if obstacle == "hooked":
-        model.blocks[1]._hf_hook = object()
-    with torch.set_grad_enabled(obstacle == "gradients"):
-        assert model._may_capture(latents) is (obstacle == "nothing")
+    OBSTACLES[obstacle](model)
+    assert model.captures(torch.device("cuda")) is (obstacle in ("nothing", "hook of the model"))
+    assert not model.captures(torch.device("cpu"))
+
+
+def test_nothing_is_captured_where_a_gradient_is_wanted(model: Any) -> None:
+    x, time, text = torch.randn(1, 1, 4, 8, 8), torch.full((1, 1), 500.0), torch.randn(1, 5, 8)
+    cache = FarCache.for_model(model, [1], 8, 8)
+    with torch.enable_grad():
+        for _ in range(3):
+            model(x, time, time, text, [1], kv_cache=cache)
+    assert len(cache.graphs) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_captured_beside_a_thread_that_uses_cuda(causal: bool) -> None:
+    """As a program's own: the capture fails neither itself nor the other's copies, which wait for the device."""
+    model = tiny_model(causal, backend="auto").cuda().to(torch.bfloat16)
+    text = torch.randn(1, 5, 8, device="cuda", dtype=torch.bfloat16)
+    done, failures = threading.Event(), []
+
+    def copying() -> None:
+        try:
+            while not done.is_set():
+                torch.ones(8, device="cuda").cpu()
+        except RuntimeError as error:
+            failures.append(error)
+
+    other = threading.Thread(target=copying)
+    other.start()
+    try:
+        outputs = []
+        for _ in range(3):
+            if causal:
+                outputs.append(rollout(model, text, graphs=True)[0])
+            else:
+                time = torch.full((1, 2), 500.0)
+                noise = torch.ones(1, 2, 4, 8, 8, device="cuda", dtype=torch.bfloat16)
+                outputs.append(model(noise, time, time, text).sample)
+    finally:
+        done.set()
+        other.join()
+    assert not failures and torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.gpu

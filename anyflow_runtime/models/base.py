@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .conditioning import ConditionEmbedder
 from .config import ModelConfig, constructor_arguments
 from .layers import FP32LayerNorm
 from .loading import CheckpointMixin
-from .parameters import apply_linear, onloaded
+from .parameters import apply_linear, onloaded, weight_addresses
 from .rotary import RotaryTables
 from .token_shards import TokenSharing, take
 from .workspaces import IdleWorkspaces
@@ -94,6 +94,25 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         self.fuse_projections()  # `.to()` moves each parameter to a storage of its own
         self.idle_workspaces.clear()  # moved weights make captured steps worthless
         return self
+
+    def captures(self, device: torch.device) -> bool:
+        """Whether denoising steps on this device are captured as CUDA graphs, as long as no gradient is wanted."""
+        return self._captured_weights(device) is not None
+
+    def _captured_weights(self, device: torch.device) -> Hashable | None:
+        """What stands for the weights in the key of a captured step; None where steps are not captured: off CUDA, with
+        collectives in the step, and where weights change or move within it (adapters, offload and cast hooks).
+        """
+        if not self.cuda_graphs or device.type != "cuda" or self.parallel is not None:
+            return None
+        if getattr(self, "peft_config", None):
+            return None
+        addresses = weight_addresses(self)
+        return None if addresses is None else (addresses, self.dtype)
+
+    def release_memory(self) -> None:
+        """Let go of the memory and captured steps that the latest rollout has left for the next one."""
+        self.idle_workspaces.clear()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from anyflow_kernels import AttentionPlan, FarLayout
@@ -94,15 +95,31 @@ class AnyFlowTransformer3DModel(AnyFlowModel):
         # One chunk at full resolution is the whole video without a mask.
         patch = tuple(self.config.patch_size)
         layout = FarLayout((frames,), hidden_states.shape[3], hidden_states.shape[4], patch, patch)
-        x = self._patchify(self.patch_embedding, hidden_states)
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, timestep, r_timestep)
-        inputs = BlockInputs(
-            ops=self.ops,
-            frame_map=layout.frame_map,
-            times=times,
-            rope=self._rotary(layout.segments, x.device, times.dtype),
-            plan=AttentionPlan.from_layout(layout),
-            prompt=PromptKeys(self.condition_embedder, *prompt),
-        )
-        sample = self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
+        rope = self._rotary(layout.segments, hidden_states.device, times.dtype)
+
+        def step(latents: Tensor, rt: Tensor, times: Tensor, *prompt: Tensor) -> Tensor:
+            inputs = BlockInputs(
+                ops=self.ops,
+                frame_map=layout.frame_map,
+                times=times,
+                rope=rope,
+                plan=AttentionPlan.from_layout(layout),
+                prompt=PromptKeys(self.condition_embedder, *prompt),
+            )
+            x = self._patchify(self.patch_embedding, latents)
+            return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
+
+        inputs = (hidden_states, rt, times, *(x for x in prompt if x is not None))
+        weights = None if torch.is_grad_enabled() else self._captured_weights(hidden_states.device)
+        if weights is None:
+            sample = step(*inputs)
+        else:
+            call = _Call()  # has the graphs' memory while it lasts
+            workspace = self.idle_workspaces.lend(call, weights, 0, (0, 0, 0, 0), self.dtype, hidden_states.device)
+            sample = workspace.graphs.run((layout, self.ops.backend), step, *inputs, reads=rope)
         return output(TransformerOutput, sample=sample) if return_dict else (sample,)
+
+
+class _Call:
+    """One forward."""

@@ -9,7 +9,7 @@ chunks again because their context changed. Measured on the reference: exact to 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -39,15 +39,13 @@ class FarModel(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
-
     def layout(
         self, mode: str, chunk_partition: Sequence[int], height: int, width: int, clean: bool = False, cached: int = 0
     ) -> FarLayout: ...
 
     def rotary(self, segments: Sequence[Segment], device: torch.device) -> tuple[Tensor, Tensor]: ...
 
-    def captures(self, device: torch.device) -> bool: ...
+    def _captured_weights(self, device: torch.device) -> Hashable | None: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class FarCache:
         context: the chunks whose keys are in the slabs, or None.
         pending: chunks that are finished but not encoded yet; the next query encodes them all in one pass.
         times: embeddings of the time pairs met so far, once per schedule.
-        workspace: slabs, and denoising steps captured as CUDA graphs.
+        workspace: slabs, and denoising steps and prefills captured as CUDA graphs.
         held: which keys each process holds, where it holds those of its tokens (ring), else None.
     """
 
@@ -115,10 +113,11 @@ class FarCache:
         partition = layout.chunk_partition
         tokens = max(self._share(self.layout("inference", partition[: i + 1])) for i in range(len(partition)))
         shape = (batch_size, tokens, parallel.heads_held(num_heads) if parallel else num_heads, head_dim)
-        if model is None or immutable or parallel or not model.captures(torch.device(device)):
+        weights = None if model is None or immutable or parallel else model._captured_weights(torch.device(device))
+        if model is None or weights is None:
             self.workspace = Workspace.allocated(num_layers, shape, dtype, device)
         else:
-            self.workspace = model.idle_workspaces.lend(self, model.parameters(), num_layers, shape, dtype, device)
+            self.workspace = model.idle_workspaces.lend(self, weights, num_layers, shape, dtype, device)
 
     @classmethod
     def for_model(
@@ -143,7 +142,7 @@ class FarCache:
 
     @property
     def graphs(self) -> StepGraphs:
-        """The captured denoising steps."""
+        """The captured denoising steps and prefills."""
         return self.workspace.graphs
 
     @property

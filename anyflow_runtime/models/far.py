@@ -6,7 +6,8 @@ forward of diffusers' src/diffusers/models/transformers/transformer_anyflow_far.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .reference_cache import adopt_reference_cache
 from .token_shards import HeldKeys
 from .workspaces import Slabs
 
+Rope = tuple[Tensor, Tensor]
 PHANTOM_BLOCK = 128  # the reference pads inference queries and keys with zeros to this multiple
 
 
@@ -240,12 +242,15 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         first = sum(context.partition[:cached])
         latents, (t, r) = context.latents[:, first:], context.times[:, :, first:]
         num_compressed = max(0, layout.num_compressed_frames - first)
-        x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
         _, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
-        rope = self.rotary(layout.query_segments, times.device)
-        inputs = self._inputs(layout, times, context.prompt, rope, cache.begin_write(layout), cache.held)
-        if x.shape[1]:
-            self._run_blocks(x, inputs, keys_only=True)
+        slabs, held = cache.begin_write(layout), cache.held
+
+        def encode(prompt: CrossAttentionKeys, rope: Rope, latents: Tensor, times: Tensor) -> None:
+            x = self._tokens(layout, latents[:, :num_compressed], latents[:, num_compressed:])
+            self._run_blocks(x, self._inputs(layout, times, prompt, rope, slabs, held), keys_only=True)
+
+        if layout.num_query_tokens:
+            self._captured(encode, layout, cache, context.prompt, slabs, latents, times)
         cache.end_write(context)
 
     def _query(
@@ -274,39 +279,32 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
 
         rt, times = embed_times(self.condition_embedder, self.config, self.ops, t, r, cache.times)
 
-        rope = self.rotary(layout.query_segments, times.device)
-        capture = self._may_capture(latents)
-        present: CrossAttentionKeys = cache.workspace.hold_prompt(keys, self.blocks, self.ops) if capture else keys
-
-        def step(latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
-            inputs = self._inputs(layout, times, present, rope, slabs, held, self.phantom_padding)
+        def step(prompt: CrossAttentionKeys, rope: Rope, latents: Tensor, rt: Tensor, times: Tensor) -> Tensor:
+            inputs = self._inputs(layout, times, prompt, rope, slabs, held, self.phantom_padding)
             x = self._tokens(layout, latents[:, :0], latents)
             return self._head(self._run_blocks(x, inputs), rt, (frames, *layout.full_grid))
 
-        if not capture:
-            return step(latents, rt, times)
+        return self._captured(step, layout, cache, keys, slabs, latents, rt, times)
+
+    def _captured(
+        self,
+        step: Callable[..., Tensor | None],
+        layout: FarLayout,
+        cache: FarCache,
+        prompt: PromptKeys,
+        slabs: Slabs,
+        *inputs: Tensor,
+    ) -> Any:
+        """`step(prompt, rope, *inputs)`, as a CUDA graph where steps are captured and no gradient is wanted."""
+        device = inputs[0].device
+        rope = self.rotary(layout.query_segments, device)
+        weights = None if torch.is_grad_enabled() else self._captured_weights(device)
+        if weights is None:
+            return step(prompt, rope, *inputs)
+        present = cache.workspace.hold_prompt(prompt, self.blocks, self.ops)
         # The layout names the kernels' shapes, the rest the memory they touch.
-        addresses = (slabs[0][0].data_ptr(), self.patch_embedding.weight.data_ptr(), self.idle_workspaces.generation)
-        key = (layout, present, addresses, self.ops.backend, self.phantom_padding)
-        return cache.graphs.run(key, step, latents, rt, times, reads=(slabs, rope))
-
-    def _may_capture(self, latents: Tensor) -> bool:
-        """Not where weights change or move between steps (adapters, offload hooks), before a backward pass, or with
-        collectives in the step.
-        """
-        return not torch.is_grad_enabled() and self.captures(latents.device)
-
-    def captures(self, device: torch.device) -> bool:
-        """Whether denoising steps on this device are captured as CUDA graphs, as long as no gradient is wanted."""
-        if not self.cuda_graphs or device.type != "cuda" or self.parallel is not None:
-            return False
-        if getattr(self, "peft_config", None) or self.patch_embedding.weight.is_meta:
-            return False
-        return not any(hasattr(b, "_hf_hook") or hasattr(b, "_diffusers_hook") for b in self.blocks)
-
-    def release_memory(self) -> None:
-        """Let go of the slabs and captured steps that the latest rollout has left for the next one."""
-        self.idle_workspaces.clear()
+        key = (layout, present, weights, slabs[0][0].data_ptr(), self.ops.backend, self.phantom_padding)
+        return cache.graphs.run(key, partial(step, present, rope), *inputs, reads=(slabs, rope))
 
     def _train(
         self,
@@ -369,7 +367,7 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         layout: FarLayout,
         times: Tensor,
         prompt: CrossAttentionKeys,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         slabs: Slabs | None = None,
         held: HeldKeys | None = None,
         phantom: bool = False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +20,32 @@ from anyflow_kernels import Ops
 
 def is_plain(module: nn.Module) -> bool:
     """True for an `nn.Linear` without adapters, offload hooks or quantisation: its weight may be used directly."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not hasattr(module, "_hf_hook")
-        and not hasattr(module, "_diffusers_hook")
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _is_hooked(module.__dict__)
+
+
+def weight_addresses(model: nn.Module) -> int | None:
+    """A number that changes whenever a weight or buffer moves, in whatever way: it is read off all of them.
+
+    None where a captured step would not do what a call does: a submodule has hooks, such as those that move or cast
+    its weights, or a weight is not there (meta). Hooks of the model itself run outside its steps.
+    """
+    addresses: list[int] = []
+    modules = [model]
+    for module in modules:  # it grows on the way
+        state = module.__dict__  # at every step: `hasattr`, and `modules()`, take ten times as long
+        if module is not model and _is_hooked(state):
+            return None
+        for weight in chain(state["_parameters"].values(), state["_buffers"].values()):
+            if weight is not None:
+                addresses.append(weight.data_ptr())
+        modules.extend(child for child in state["_modules"].values() if child is not None)
+    return None if 0 in addresses else hash(tuple(addresses))  # those of meta tensors are 0
+
+
+def _is_hooked(state: dict[str, Any]) -> bool:
+    """Whether calling the module of this `__dict__` does more than its forward."""
+    return bool(
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or "_hf_hook" in state or "_diffusers_hook" in state
     )
 
 

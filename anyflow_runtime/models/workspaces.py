@@ -1,15 +1,15 @@
-"""What a FAR rollout leaves for the next one: slabs at addresses that stay, and the steps captured over them.
+"""What a rollout leaves for the next one: slabs at addresses that stay, and the steps captured over them.
 
 A CUDA graph reads the memory it was recorded with. So that a step is captured once and not in every rollout, a model
-keeps the memory of its latest finished rollout and gives it to the next one of the same shape;
-`AnyFlowFARTransformer3DModel.release_memory` lets go of it.
+keeps the memory of its latest finished rollout and gives it to the next one of the same shape; its `release_memory`
+lets go of it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Workspace:
 
     Attributes:
         slabs: keys and values (B, T, H, d) of every block.
-        graphs: captured denoising steps.
+        graphs: captured denoising steps and prefills.
         prompt: what they read of the prompt; None before the first.
         made_for: what of model and shape must be the same for another rollout to take it; None if none may.
     """
@@ -74,26 +74,27 @@ class IdleWorkspaces:
     """
 
     def __init__(self) -> None:
-        self.generation = 0  # of the addresses of the weights: what was captured before is worthless after
         self._idle: deque[Workspace] = deque(maxlen=1)
         self._used: set[int] = set()
 
     def lend(
         self,
         rollout: object,
-        weights: Iterable[Tensor],
+        weights: Hashable,
         layers: int,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Workspace:
-        """The idle workspace if it fits, else a new one, until `rollout` is gone."""
+        """The idle workspace if it fits, else a new one, until `rollout` is gone.
+
+        Args:
+            weights: what stands for their addresses.
+        """
         device = torch.device(device)
         # Another stream may still be at work on this memory, and what inference mode made cannot be written outside it.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        # A captured step is as good as the addresses of the weights.
-        addresses = hash(tuple(weight.data_ptr() for weight in weights))
-        made_for = (shape, layers, dtype, device, stream, torch.is_inference_mode_enabled(), addresses)
+        made_for = (shape, layers, dtype, device, stream, torch.is_inference_mode_enabled(), weights)
         workspace = self._take(made_for)
         if workspace is None:
             workspace = Workspace.allocated(layers, shape, dtype, device)
@@ -119,7 +120,6 @@ class IdleWorkspaces:
     def clear(self) -> None:
         """Keep nothing."""
         self._idle.clear()
-        self.generation += 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdleWorkspaces:
         return IdleWorkspaces()  # a copy of a model has other weights, and a graph cannot be copied
