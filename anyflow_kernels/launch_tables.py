@@ -8,9 +8,19 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+
 Arguments = ParamSpec("Arguments")
 Table = TypeVar("Table")
 _KEPT: ContextVar[list[Any] | None] = ContextVar("kept_launch_tables", default=None)
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the host to CUDA by way of pinned memory: any other copy waits for the device."""
+    if table.device.type == "cpu" and device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 
 class Clock:
     """Adds up wall seconds per part, in the order the parts first ran. On CUDA a part ends when its kernels have, those
-    of the current stream.
+    of the current stream; with `wait=False`, for what the host does beside them, when the host is done.
 
     Attributes:
         seconds: by part.
@@ -26,20 +26,20 @@ class Clock:
             torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self.now()
+    def __call__(self, part: str, wait: bool = True) -> Iterator[None]:
+        start = self.now(wait)
         try:
             yield
         finally:
-            self.add(part, self.now() - start)
+            self.add(part, self.now(wait) - start)
 
     def add(self, part: str, seconds: float) -> None:
         """Count seconds that were measured elsewhere."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
-    def now(self) -> float:
-        """A time in seconds at which all work issued so far is done, but for that of other CUDA streams."""
-        if self._device.type == "cuda":
+    def now(self, wait: bool = True) -> float:
+        """A time in seconds; with `wait` one at which all work issued to the current CUDA stream is done."""
+        if wait and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 

@@ -39,7 +39,7 @@ class GeneratedVideo:
         self._request, self._together = request, together
         self._clock = Clock(request.device)
         self._latents: list[Tensor] = []
-        self._seconds: dict[str, float] = {}  # of the chunk that is being made
+        self._events: dict[tuple[type, int], Denoised | Decoded] = {}  # of the chunks that are not written yet
 
     def make(self) -> None:
         """Load the model, then denoise, decode and write the chunks in order; other processes than the first only
@@ -102,14 +102,17 @@ class GeneratedVideo:
         self._save_latents()
 
     def _write_all(self, made: Any, writer: VideoWriter, given: int) -> None:
-        begin, latent_frames = self._clock.now(), 0
+        begin, latent_frames = self._clock.now(wait=False), 0
         for index, frames in enumerate(made):
             if not frames.isfinite().all():
                 raise NonFiniteError(
                     f"chunk {index}: its frames hold NaN or infinite values; --check-finite finds out where they begin"
                 )
+            denoise, decode = (self._events.pop((kind, index)).seconds for kind in (Denoised, Decoded))
+            self._clock.add("denoise", denoise)
+            self._clock.add("decode", decode)
             before = self._clock.seconds.get("write", 0.0)
-            with self._clock("write"):
+            with self._clock("write", wait=False):
                 writer.write(frames[0])
             count = self._latents[index].shape[1]
             latent_frames += count
@@ -119,10 +122,10 @@ class GeneratedVideo:
                         "chunk": index,
                         "latent_frames": count,
                         "frames": frames.shape[1],
-                        "seconds": self._seconds.pop(f"denoise {index}"),
-                        "decode_seconds": self._seconds.pop(f"decode {index}"),
+                        "seconds": denoise,
+                        "decode_seconds": decode,
                         "write_seconds": self._clock.seconds["write"] - before,
-                        "written_after_seconds": self._clock.now() - begin,
+                        "written_after_seconds": self._clock.now(wait=False) - begin,
                     }
                 )
         with self._clock("write"):
@@ -132,12 +135,9 @@ class GeneratedVideo:
         if isinstance(event, Step):
             self._bar.update()
             return
-        stage = "decode"
         if isinstance(event, Denoised):
-            stage = "denoise"
             self._latents.append(event.latents)
-        self._clock.add(stage, event.seconds)
-        self._seconds[f"{stage} {event.index}"] = event.seconds
+        self._events[type(event), event.index] = event  # its seconds are read when its frames are there
 
     def _save_latents(self) -> None:
         """Write (1, F, C, h, w) latents of all chunks that are denoised as one (1, C, F, h, w)."""

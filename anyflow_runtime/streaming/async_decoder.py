@@ -1,7 +1,8 @@
 """Decode chunk i while chunk i + 1 is being denoised.
 
-On CUDA the decoder runs on a stream of its own, ordered after the work that made the latents; elsewhere on a thread of
-its own, which takes its cores from the denoiser.
+On CUDA the decoder runs on a stream of its own, ordered after the work that made the latents, and frames for the host
+leave on a third, into pinned memory: behind chunk i + 1, which the decoder has got by then, they would come a chunk
+late. Elsewhere the decoder has a thread of its own, which takes its cores from the denoiser.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -22,12 +23,31 @@ from ..errors import noting
 
 @dataclass(frozen=True)
 class _Decoded:
-    """Frames, when their decoding began and ended, and the stream it ran on; seconds and None but on CUDA."""
+    """Frames, when their decoding began and ended, and the stream that takes them to the host: seconds and None but on
+    CUDA. There `copy` is the frames in host memory and when they are there, once they are on their way.
+    """
 
     frames: Tensor
     begin: Any
     end: Any
-    stream: torch.cuda.Stream | None = None
+    copier: torch.cuda.Stream | None = None
+    copy: tuple[Tensor, Any] | None = None
+
+    def leaving(self) -> _Decoded:
+        """With the frames on their way to the host.
+
+        The memory is that of PyTorch's pool of pinned memory, which gives none of it away before its copy is done.
+        """
+        if self.copier is None or self.copy is not None:
+            return self
+        self.copier.wait_event(self.end)
+        with torch.cuda.stream(self.copier):
+            host = torch.empty(self.frames.shape, dtype=self.frames.dtype, pin_memory=True)
+            host.copy_(self.frames, non_blocking=True)
+            there = torch.cuda.Event()
+            there.record(self.copier)
+        self.frames.record_stream(self.copier)
+        return replace(self, copy=(host, there))
 
 
 class PendingFrames:
@@ -41,12 +61,12 @@ class PendingFrames:
         if not self._decoded.done():
             return False
         decoded = self._decoded.result()
-        return decoded.stream is None or decoded.end.query()
+        return decoded.copier is None or decoded.end.query()
 
     def wait(self) -> Tensor:
         """The frames.  The current CUDA stream is made to wait for them, the host is not."""
         decoded = self._decoded.result()
-        if decoded.stream is not None:
+        if decoded.copier is not None:
             current = torch.cuda.current_stream(decoded.frames.device)
             current.wait_event(decoded.end)
             # Their memory belongs to the decoder's stream; it must not be reused while this one still reads it.
@@ -54,17 +74,18 @@ class PendingFrames:
         return decoded.frames
 
     def on_host(self) -> Tensor:
-        """The frames in host memory.  It waits for their decoding only, not for the current CUDA stream."""
-        decoded = self._decoded.result()
-        if decoded.stream is None:
+        """The frames in host memory, on CUDA pinned.  It waits for them alone, not for what streams have got since."""
+        decoded = self._decoded.result().leaving()
+        if decoded.copy is None:
             return decoded.frames
-        with torch.cuda.stream(decoded.stream):
-            return decoded.frames.cpu()
+        frames, there = decoded.copy
+        there.synchronize()
+        return frames
 
     def seconds(self) -> float:
         """How long decoding took, once it is done.  Work that ran beside it has slowed it down."""
         decoded = self._decoded.result()
-        if decoded.stream is None:
+        if decoded.copier is None:
             return decoded.end - decoded.begin
         decoded.end.synchronize()
         return decoded.begin.elapsed_time(decoded.end) / 1e3
@@ -79,11 +100,12 @@ class AsyncDecoder:
         decoder: any `StreamingDecoder`, or a function with its keywords.  While chunks are pending, nothing else may
             use the cache given with them.
         overlap: decode beside what the caller does next, on a CUDA stream or in a thread; else at once.
+        on_host: the frames will be wanted in host memory, and leave as soon as they are decoded.
     """
 
-    def __init__(self, decoder: Callable[..., Tensor], overlap: bool = True) -> None:
-        self.decoder, self.overlap = decoder, overlap
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+    def __init__(self, decoder: Callable[..., Tensor], overlap: bool = True, on_host: bool = False) -> None:
+        self.decoder, self.overlap, self.on_host = decoder, overlap, on_host
+        self._streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}  # to decode and to copy on
         self._worker: ThreadPoolExecutor | None = None
         self._latest: Future[_Decoded] | None = None
 
@@ -106,15 +128,16 @@ class AsyncDecoder:
         """Wait, on the host, until nothing is being decoded."""
         if self._latest is not None:
             wait([self._latest])
-        for stream in self._streams.values():
+        for stream, _ in self._streams.values():
             stream.synchronize()
 
     def close(self) -> None:
         """Wait for the chunk under way and drop those behind it; on CUDA the current stream waits, not the host."""
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
+        for device, streams in self._streams.items():
+            for stream in streams:
+                torch.cuda.current_stream(device).wait_stream(stream)
 
     def __enter__(self) -> AsyncDecoder:
         return self
@@ -125,8 +148,9 @@ class AsyncDecoder:
     def _on_stream(self, input: Tensor, index: int, cache: Any) -> _Decoded:
         current = torch.cuda.current_stream(input.device)
         if input.device not in self._streams:
-            self._streams[input.device] = torch.cuda.Stream(input.device) if self.overlap else current
-        stream = self._streams[input.device]
+            decoding = torch.cuda.Stream(input.device) if self.overlap else current
+            self._streams[input.device] = decoding, torch.cuda.Stream(input.device)
+        stream, copier = self._streams[input.device]
         stream.wait_stream(current)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         try:
@@ -136,7 +160,8 @@ class AsyncDecoder:
                 end.record(stream)
         finally:
             input.record_stream(stream)
-        return _Decoded(frames, begin, end, stream)
+        decoded = _Decoded(frames, begin, end, copier)
+        return decoded.leaving() if self.on_host else decoded
 
     def _timed(self, input: Tensor, index: int, cache: Any) -> _Decoded:
         begin = time.perf_counter()

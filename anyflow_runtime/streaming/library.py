@@ -71,10 +71,11 @@ def stream(
             `context_latents` of it: one frame for image-to-video.
         video_encoder: a streaming video encoder instead of the pipeline's own.
         on_stats: called with the index and the timings of every chunk, if the pipeline is profiling.
-        on_event: called with every `Step`, `Denoised` and `Decoded`; for the latter two it waits for the device.
+        on_event: called with every `Step`, `Denoised` and `Decoded`; to read the `seconds` of the latter two waits for
+            the device, which before the next chunk is asked for leaves it without work.
         overlap: see above; on a CPU the decoder then has a thread of its own, which competes for the cores. None
             overlaps on CUDA, unless the pipeline is profiling, for which it waits after every stage.
-        on_host: give the frames in host memory, without waiting for the chunk that is being denoised beside them.
+        on_host: give the frames in host memory (on CUDA pinned), without waiting for what is denoised beside them.
         frames_before_interrupt: give the chunk that is being decoded also before Ctrl-C is raised, for a caller that is
             sure to ask again.
     Yields:

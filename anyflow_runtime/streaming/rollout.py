@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from anyflow_kernels.launch_tables import to_device
+
 from ..errors import check_finite
 from .adapter import Condition, check_condition
 from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
@@ -47,20 +49,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Denoised:
-    """Chunk `index` is denoised: its clean `latents` (B, F, C, H, W), and the `seconds` that it took, those in which
-    the chunk before it became context included."""
+    """Chunk `index` has been issued: its clean `latents` (B, F, C, H, W)."""
 
     index: int
     latents: Tensor
-    seconds: float
+    _seconds: Callable[[], float]
+
+    @property
+    def seconds(self) -> float:
+        """What it took, the pass that made the chunk before it context included. Waits until the chunk is denoised."""
+        return self._seconds()
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The frames of chunk `index` are there; decoding them took `seconds`."""
+    """The frames of chunk `index` are handed over."""
 
     index: int
-    seconds: float
+    _seconds: Callable[[], float]
+
+    @property
+    def seconds(self) -> float:
+        """What decoding them took. Waits until that is done."""
+        return self._seconds()
 
 
 Event = Step | Denoised | Decoded
@@ -118,8 +129,7 @@ class Rollout:
     """The settings of a video that may change between chunks, and the loop over them.
 
     Args:
-        on_event: told of every step, of every denoised and of every decoded chunk; at the latter two the host waits
-            for the device.
+        on_event: told of every step, of every denoised and of every decoded chunk; nothing waits for it.
         on_stats: told of the timings of every chunk, if the pipeline is profiling.
     """
 
@@ -143,7 +153,7 @@ class Rollout:
         self.decoder: AsyncDecoder | None = None
 
     def take_noise(self, noise: Tensor, cache: Any) -> None:
-        """Check that the noise is that of a whole rollout, and keep it as (B, T, C, H, W)."""
+        """Check that the noise is that of a whole rollout, and keep it on the device as (B, T, C, H, W)."""
         if cache.num_chunks is None:
             raise ValueError("noise: got noise for a whole video with endless, expected None")
         frames = sum(cache.frames_in_chunk(i) for i in range(cache.num_chunks))
@@ -151,7 +161,7 @@ class Rollout:
         expected = (batch, rest[0], frames, *rest[1:])
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise: got {tuple(noise.shape)}, expected (B, C, T, H, W) = {expected}")
-        self.noise = noise.transpose(1, 2)
+        self.noise = to_device(noise.to(self.transformer.dtype), self.transformer.device).transpose(1, 2)
 
     def prepare(self, change: Any, index: int, cache: Any) -> Prepared:
         """Everything of a change that can be refused or can fail, and what the prompt function says for the chunk.
@@ -196,7 +206,7 @@ class Rollout:
     ) -> Generator[Tensor, Any, None]:
         """Frames of every chunk, with `overlap` each decoded while the next is denoised; see `stream`."""
         finite, profiler = self.pipeline.config.diffusion_model.check_finite, cache.event_profiler
-        with AsyncDecoder(self.pipeline.decoder, overlap) as decoder, closing(self.latents(cache)) as latents:
+        with AsyncDecoder(self.pipeline.decoder, overlap, on_host) as decoder, closing(self.latents(cache)) as latents:
             self.decoder = decoder
 
             def submit(chunk: Tensor, index: int) -> PendingFrames:
@@ -214,14 +224,14 @@ class Rollout:
                 if finite:
                     check_finite(f"output of chunk {index}", frames)
                 if self.on_event is not None:
-                    self.on_event(Decoded(index, made.seconds()))
+                    self.on_event(Decoded(index, made.seconds))
                 change = yield frames
                 del frames, made  # not kept alive while the next chunk is made
 
     def latents(self, cache: StreamInferencePipelineCache) -> Generator[Tensor, Any, None]:
         """Clean latents (B, F, C, H, W) of every chunk; each becomes context when the next one is asked for."""
         pipeline, state, tell = self.pipeline, cache.transformer_cache, self.on_event
-        start, begin = 0, self._now()
+        start, begin = 0, self._mark()
         for index in count():
             noise = None
             if self.noise is not None:
@@ -230,11 +240,11 @@ class Rollout:
             on_step = None if tell is None else lambda number, index=index: tell(Step(index, number))
             latents = pipeline.denoise(index, cache, noise=noise, steps=self.steps, on_step=on_step)
             if tell is not None:
-                tell(Denoised(index, latents, self._now() - begin))
+                tell(Denoised(index, latents, _between(begin, self._mark())))
             last = index + 1 == state.num_chunks
             change = yield latents
             del latents
-            begin, stats = self._now(), None
+            begin, stats = self._mark(), None
             if not last:
                 # First the change: the finished chunk then becomes context under the new prompt at once.
                 self.adopt(self.prepare(change, index + 1, state), state)
@@ -246,12 +256,26 @@ class Rollout:
             if last:
                 return
 
-    def _now(self) -> float:
-        """Seconds; if somebody is told of them, those at which the work issued to the current stream is done."""
+    def _mark(self) -> Any:
+        """Now; on CUDA, if somebody is told of it, when the work issued to the current stream will be done."""
         device = self.transformer.device
-        if self.on_event is not None and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        return time.perf_counter()
+        if self.on_event is None or device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+
+def _between(begin: Any, end: Any) -> Callable[[], float]:
+    """The seconds between two marks, for whoever asks."""
+
+    def seconds() -> float:
+        if isinstance(end, float):
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return seconds
 
 
 def _same(a: Any, b: Any) -> bool:
