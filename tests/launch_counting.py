@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -17,7 +18,8 @@ class LaunchCounter(TorchDispatchMode):
 
     Counts every launch of a Triton kernel, and every torch operator that computes or copies outside the `anyflow`
     operators (a GEMM, a cast, an addition: one launch each). Views and allocations are free. An operator of the C++
-    extension counts as one; torch calls inside an `anyflow` operator are not seen.
+    extension counts as one; torch calls inside an `anyflow` operator are not seen. Where there is a GPU, what an
+    operator makes in host memory is not counted.
     """
 
     def __init__(self) -> None:
@@ -41,7 +43,9 @@ class LaunchCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         launched_triton = func.namespace == "anyflow" and len(self.launches) > before
-        if not is_view and not launched_triton and func._schema.name.split("::")[1] not in ALLOCATIONS:
+        on_host = torch.cuda.is_available() and isinstance(result, torch.Tensor) and not result.is_cuda
+        counted = not (is_view or launched_triton or on_host)
+        if counted and func._schema.name.split("::")[1] not in ALLOCATIONS:
             self.launches.append(func._schema.name)
         return result
 

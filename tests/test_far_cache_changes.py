@@ -92,6 +92,34 @@ def test_changed_times_are_encoded_again() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("change", ["nothing", "in place", "another tensor", "times"])
+def test_chunks_that_are_the_same_tensors_are_known_without_being_read(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To compare values the host would wait for a GPU; what was written into a chunk is noticed all the same."""
+    model, text, compared = far_model(), prompt(), []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: (compared.append(a.ndim), equal(a, b))[1])
+    cache, fresh = new_cache(model), new_cache(model)
+    # Copies: views of one tensor share its count of changes.
+    chunks = [chunk.clone() for chunk in noise(3).split(PARTITION[:2], dim=1)]
+    time = torch.zeros(2, 3)
+    model.prefill(cache, chunks[:1], PARTITION[:1], text, timestep=time[:, :1])
+    if change == "in place":
+        chunks[0] += 1
+    if change == "another tensor":
+        chunks[0] = chunks[0].clone()
+    if change == "times":
+        time = time + 200
+    model.prefill(cache, chunks, PARTITION[:2], text, timestep=time)
+    assert (5 in compared) is (change in ("in place", "another tensor"))
+    model.prefill(fresh, torch.cat(chunks, dim=1), PARTITION[:2], text, timestep=time)
+    used = cache.layout("inference", PARTITION[:3]).cache_offset
+    for kept, new in zip(cache.slabs, fresh.slabs, strict=True):
+        for a, b in zip(kept, new, strict=True):
+            torch.testing.assert_close(a[:, :used], b[:, :used])
+
+
 def test_a_step_may_run_under_another_prompt_than_the_prefill() -> None:
     """Both prompts stay known: going back and forth encodes nothing again."""
     model, texts, video = far_model(), [prompt(1), prompt(7)], noise(3)

@@ -375,3 +375,27 @@ def test_configs_are_printable_hashable_and_have_a_plain_form(config):
 
 def test_wan_grid_starts_one_training_step_below_pure_noise():
     assert wan_grid(4, 1.0, 1000).tolist() == pytest.approx([0.999, 0.74925, 0.4995, 0.24975])
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_predictor_may_have_its_times_in_host_memory(config, dtype):
+    """They are the values it would get on the device of the latent, here one that tells no host its values."""
+    scheduler = config.setup()
+    told = {}
+
+    def flow(x, t, r):
+        told[x.device.type].append((t, r))
+        return x
+
+    for device, host_times in (("cpu", False), ("meta", True), ("meta", False)):
+        told[device], flow.host_times = [], host_times
+        if device == "meta":
+            scheduler.to(device)
+        scheduler.sample(torch.ones(2, 3, dtype=dtype, device=device), flow)
+        expected = "cpu" if host_times else device
+        assert {time.device.type for times in told[device] for time in times} == {expected}
+        if host_times:
+            assert [torch.stack(times).tolist() for times in told["meta"]] == [
+                torch.stack(times).tolist() for times in told["cpu"]
+            ]

@@ -216,14 +216,14 @@ def test_noisy_context_is_encoded_at_its_timestep(monkeypatch):
     """Each finished chunk keeps the timestep it was noised to, t = r; given ones are noised as well."""
     pipeline = pipeline_of(random_model(), model_config={"context_noise": 200, "seed": 0})
     model, times = pipeline.diffusion_model.transformer.model, []
-    forward = model.forward
+    encode = model.encode_pending
 
-    def recorded(x: Tensor, t: Tensor, r: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if "kv_cache_flag" in kwargs:
-            times.append((t.tolist(), r.tolist()))
-        return forward(x, t, r, *args, **kwargs)
+    def recorded(cache: Any) -> None:
+        if cache.pending is not None:
+            times.append(tuple(cache.pending.times.tolist()))
+        encode(cache)
 
-    monkeypatch.setattr(model, "forward", recorded)
+    monkeypatch.setattr(model, "encode_pending", recorded)
     rollout(pipeline, noise_of(), stop=3, text_embeddings=text_of(1))
     assert times == [([[200.0] * n], [[200.0] * n]) for n in (1, 3, 5)]
 

@@ -32,10 +32,9 @@ CONFIG: dict[str, Any] = {
     "backend": "triton",
 }
 PER_BLOCK = 14  # see tests/test_models_triton.py
-# What a step adds to its blocks: two times, their rows and the modulation of all blocks put together, patch embedding,
+# What a step adds to its blocks: the rows of its times and the modulation of all blocks put together, patch embedding,
 # the head's modulation, norm, projection and unpatchify, and the step itself.
 AROUND = {
-    "aten::full": 2,
     "aten::stack": 3,
     "aten::add": 2,
     "anyflow::patch_embed": 1,
@@ -73,9 +72,10 @@ def launches_of_a_step(model_class: Any, guidance: float) -> Counter[str]:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_step_of_a_chunk_is_its_blocks_and_fifteen_launches_at_most(guidance):
+def test_a_step_of_a_chunk_is_its_blocks_and_eleven_launches_at_most(guidance):
     counts = launches_of_a_step(AnyFlowFARTransformer3DModel, guidance)
-    around = AROUND | ({"aten::cat": 3} if guidance > 1 else {})  # latents and both times, once per prompt
+    # The latents once per prompt; the times too, which are on the host and seen only where all is.
+    around = AROUND | ({"aten::cat": 1 if DEVICE == "cuda" else 3} if guidance > 1 else {})
     assert sum(counts.values()) == PER_BLOCK * LAYERS + sum(around.values())
     assert all(counts[name] >= count for name, count in around.items())
 

@@ -19,7 +19,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_tables import read_by_launches
+from ..launch_tables import read_by_launches, to_device
 
 Ranges = tuple[tuple[int, int], ...]
 Runs = tuple[tuple[int, int, Ranges], ...]
@@ -252,10 +252,10 @@ def _tabulate(bins: list[list[_Piece]], block_columns: int, phantom_keys: int, d
         starts.append(len(items))
 
     def table(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, columns).to(device)
+        return to_device(torch.tensor(rows, dtype=torch.int32).reshape(-1, columns), device)
 
     return Schedule(
-        torch.tensor(starts, dtype=torch.int32).to(device),
+        to_device(torch.tensor(starts, dtype=torch.int32), device),
         table(items, ITEM.value),
         table(range_rows, 2),
         table(merges, MERGE.value),

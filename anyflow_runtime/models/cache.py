@@ -20,7 +20,7 @@ from anyflow_kernels import FarLayout, Segment
 
 from .conditioning import TimeMemo
 from .cuda_graphs import StepGraphs
-from .prompt_keys import PromptKeys
+from .prompt_keys import PromptKeys, Seen
 from .token_shards import HeldKeys, TokenSharing
 from .workspaces import IdleWorkspaces, Slabs, Workspace
 
@@ -57,12 +57,25 @@ class Context:
         latents: (B, F, C, H, W), or None if the keys came from elsewhere.
         times: (2, B, F), source and target time of each frame (0 for clean frames).
         prompt: the condition under which they are encoded.
+        chunks: the tensors that the latents are of, if there was one for each chunk.
     """
 
     partition: tuple[int, ...]
     latents: Tensor | None
     times: Tensor
     prompt: PromptKeys
+    chunks: tuple[Seen, ...] | None = None
+
+    def begins_as(self, other: Context, chunks: int) -> bool:
+        """Whether the latents of so many leading chunks are the other's: known, or else compared on their device."""
+        if self.chunks and other.chunks:
+            pairs = zip(self.chunks[:chunks], other.chunks[:chunks], strict=True)
+            if all(mine.is_still(its) for mine, its in pairs):
+                return True
+        frames = sum(self.partition[:chunks])
+        if self.latents is None or other.latents is None:
+            return False
+        return torch.equal(self.latents[:, :frames], other.latents[:, :frames])
 
 
 class FarCache:
@@ -176,9 +189,10 @@ class FarCache:
 
     def prompt(self, embedder: Any, text: Tensor, image: Tensor | None) -> PromptKeys:
         """The keys of a prompt, kept for the latest two: a prefill may run under another prompt than the steps."""
-        for prompt in self._prompts:
-            if prompt.matches(text, image):
-                return prompt
+        for compare in (False, True):  # values last: the host waits for them
+            for prompt in self._prompts:
+                if prompt.matches(text, image, compare):
+                    return prompt
         self._prompts = [PromptKeys(embedder, text, image), *self._prompts[:1]]
         return self._prompts[0]
 
@@ -197,9 +211,9 @@ class FarCache:
         same = (
             old.partition[:chunks] == new.partition[:chunks]
             and old.latents.shape[0] == new.latents.shape[0]
-            and torch.equal(old.latents[:, :frames], new.latents[:, :frames])
             and old.times.device == new.times.device
             and torch.equal(old.times[:, :, :frames], new.times[:, :, :frames])
+            and new.begins_as(old, chunks)
         )
         return chunks if same else 0
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from anyflow_kernels import Ops, TimestepMLP
 from anyflow_kernels.formulas import sinusoid
+from anyflow_kernels.launch_tables import to_device
 
 from .layers import ImageEmbedding, TextProjection, TimestepEmbedding
 from .parameters import is_plain, parameter_dtype
@@ -67,8 +68,10 @@ def embed_times(
         new = [pair for pair in dict.fromkeys(pairs) if pair not in rows]
         if new:
             device = embedder.time_proj.weight.device
-            columns = torch.tensor(new, dtype=dtype, device="cpu" if device.type == "meta" else device).unbind(1)
-            rows.update(zip(new, zip(*_embed_pairs(embedder, config, ops, *columns), strict=True), strict=True))
+            times = torch.tensor(new, dtype=dtype, device="cpu")
+            times = times if device.type == "meta" else to_device(times, device)
+            embedded = _embed_pairs(embedder, config, ops, *times.unbind(1))
+            rows.update(zip(new, zip(*embedded, strict=True), strict=True))
         rt, proj = (torch.stack(column) for column in zip(*(rows[pair] for pair in pairs), strict=True))
     return rt.unflatten(0, t.shape), proj.unflatten(0, t.shape).unflatten(-1, (6, -1))
 

@@ -22,7 +22,7 @@ from .checks import check_cache, check_context, check_frame_count, check_paralle
 from .conditioning import embed_times
 from .outputs import AnyFlowFARTransformerOutput, TransformerOutput, output
 from .parameters import warm_start_compressed_weight
-from .prompt_keys import CrossAttentionKeys, PromptKeys
+from .prompt_keys import CrossAttentionKeys, PromptKeys, Seen
 from .reference_cache import adopt_reference_cache
 from .token_shards import HeldKeys
 from .workspaces import Slabs
@@ -194,25 +194,33 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
     def prefill(
         self,
         cache: FarCache,
-        latents: Tensor,
+        latents: Tensor | Sequence[Tensor],
         chunk_partition: Sequence[int],
         encoder_hidden_states: Tensor,
         encoder_hidden_states_image: Tensor | None = None,
+        timestep: Tensor | None = None,
     ) -> None:
         """Make finished chunks the context of the next one, encoding only what the cache does not hold.
 
         Args:
-            latents: (B, F, C, H, W), all finished chunks from the first frame on, clean (t = r = 0).
+            latents: all finished chunks from the first frame on: a tensor each, (B, F_i, C, H, W), of which those that
+                are still the tensors of the prefill before are known without being read; or one (B, F, C, H, W), which
+                is compared with what the cache holds, for which the host waits for the device.
             chunk_partition: their frames, summing to F.
+            timestep: (B, F), t and r of each frame, 0..1000; None where they are clean.
 
         Raises:
             ValueError: on shapes that do not fit.
         """
-        times = torch.zeros(2, *latents.shape[:2])  # on the CPU: embedded once per rollout
+        chunks = None if isinstance(latents, Tensor) else tuple(latents)
+        video = latents if isinstance(latents, Tensor) else torch.cat(tuple(latents), dim=1)
+        if timestep is None:
+            timestep = torch.zeros(video.shape[:2], device="cpu")  # where it is embedded once per rollout
         prompt = (encoder_hidden_states, encoder_hidden_states_image)
-        check_video(self.config, latents, times[0], times[1], *prompt)
-        check_cache(self, cache, latents)
-        self._keep_pending(cache, latents, times, prompt, tuple(chunk_partition))
+        check_video(self.config, video, timestep, timestep, *prompt)
+        check_parallel(self, video)
+        check_cache(self, cache, video)
+        self._keep_pending(cache, video, torch.stack([timestep] * 2), prompt, tuple(chunk_partition), chunks)
         self.encode_pending(cache)
 
     def _keep_pending(
@@ -222,9 +230,11 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         times: Tensor,
         prompt: tuple[Tensor, Tensor | None],
         partition: tuple[int, ...],
+        chunks: tuple[Tensor, ...] | None = None,
     ) -> None:
         """Finished chunks, (B, F, C, H, W) at times (2, B, F), are what `encode_pending` will make context."""
-        context = Context(partition, latents.clone(), times, cache.prompt(self.condition_embedder, *prompt))
+        keys, latents = cache.prompt(self.condition_embedder, *prompt), latents.clone() if chunks is None else latents
+        context = Context(partition, latents, times, keys, None if chunks is None else tuple(map(Seen, chunks)))
         check_context(self, cache, context)
         cache.pending = context
 

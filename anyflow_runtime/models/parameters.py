@@ -20,7 +20,12 @@ from anyflow_kernels import Ops
 
 def is_plain(module: nn.Module) -> bool:
     """True for an `nn.Linear` without adapters, offload hooks or quantisation: its weight may be used directly."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _is_hooked(module.__dict__)
+    return type(module) is nn.Linear and _is_ordinary(module.weight) and not _is_hooked(module.__dict__)
+
+
+def _is_ordinary(weight: Any) -> bool:
+    """Neither quantised nor sharded: those are parameters of other classes."""
+    return type(weight) is nn.Parameter
 
 
 def weight_addresses(model: nn.Module) -> int | None:

@@ -24,6 +24,27 @@ class CrossAttentionKeys(Protocol):
         ...
 
 
+class Seen:
+    """A tensor as it was at one time, known by its object and its count of changes in place.
+
+    Tensors made in inference mode count none, and are never known again.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def is_still(self, other: Seen) -> bool:
+        """Whether both are the same tensor with the same values, as far as that is known without reading it."""
+        return self._tensor is other._tensor and self._version == other._version is not None
+
+    def equals(self, x: Tensor) -> bool:
+        """Whether x has the values this was seen with; False if they are gone. Waits for the device."""
+        if self._version is not None and self._tensor._version != self._version:
+            return False
+        return self._tensor.shape == x.shape and self._tensor.dtype == x.dtype and torch.equal(self._tensor, x)
+
+
 class PromptKeys:
     """A prompt's tokens, and per block their keys and values: computed at first use, kept while no gradient is wanted.
 
@@ -38,15 +59,20 @@ class PromptKeys:
             raise ValueError("encoder_hidden_states_image: got a tensor, expected None for a model without image_dim")
         # A tensor made in inference mode does not count its changes: compare with a copy.
         self.text, self.image = (x.clone() if x is not None and x.is_inference() else x for x in (text, image))
-        self._versions = (_version(text), _version(image))
+        self._seen = tuple(None if x is None else Seen(x) for x in (self.text, self.image))
         self._embedder = embedder
         self._tokens: Tensor | None = None
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def matches(self, text: Tensor, image: Tensor | None) -> bool:
-        """True if these are the embeddings this object was made from."""
-        unchanged = self._versions == (_version(self.text), _version(self.image))
-        return unchanged and _same(self.text, text) and _same(self.image, image)
+    def matches(self, text: Tensor, image: Tensor | None, compare: bool = True) -> bool:
+        """True if these are the embeddings this object was made from: the same tensors or, with `compare`, equal."""
+        given = (text, image)
+        if any((seen is None) != (x is None) for seen, x in zip(self._seen, given, strict=True)):
+            return False
+        pairs = [(seen, x) for seen, x in zip(self._seen, given, strict=True) if seen is not None and x is not None]
+        if all(seen.is_still(Seen(x)) for seen, x in pairs):
+            return True
+        return compare and all(seen.equals(x) for seen, x in pairs)
 
     def tokens(self) -> Tensor:
         """(B, S_image + S, D)."""
@@ -109,14 +135,3 @@ class PromptBuffers:
 
 def _keys_values(keys: PromptKeys, blocks: Any, ops: Ops) -> list[tuple[Tensor, Tensor]]:
     return [keys.keys_values(layer, block.attn2, ops) for layer, block in enumerate(blocks)]
-
-
-def _version(x: Tensor | None) -> int | None:
-    """Counts in-place changes; tensors made in inference mode do not."""
-    return None if x is None or x.is_inference() else x._version
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a is b:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

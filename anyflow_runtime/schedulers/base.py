@@ -35,8 +35,9 @@ class ScheduleError(ValueError, AssertionError):
 class FlowPredictor(Protocol):
     """The network as a scheduler sees it: `(noisy_latent, timestep) -> flow`, or `(noisy_latent, timestep, r)`.
 
-    `timestep` and `r` are 0-d tensors on the device of the latent. A third parameter that is required, or that is
-    named `r` or `r_timestep`, receives the timestep the flow is used to reach.
+    `timestep` and `r` are 0-d tensors on the device of the latent; in host memory for a predictor with a true
+    attribute `host_times`, since schedules are known there and to read one off a GPU would wait for it. A third
+    parameter that is required, or that is named `r` or `r_timestep`, receives the timestep the flow is used to reach.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -161,6 +162,12 @@ class Scheduler(nn.Module, ABC):
             setattr(self, name, table.to(getattr(self, name).device))
         return self
 
+    def _times(self, name: str, noise: Tensor, predict_flow: FlowPredictor) -> Tensor:
+        """A table of timesteps in the dtype of the noise, where the predictor wants them."""
+        if wants_host_times(predict_flow):
+            return self._tables[name].to(noise.dtype)
+        return getattr(self, name).to(noise.device, noise.dtype)
+
     def _steps(self, count: int) -> Iterable[int]:
         if not self.config.enable_tqdm:
             return range(count)
@@ -199,6 +206,11 @@ def solver_dtype(x: Tensor, name: str) -> torch.dtype:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: got {got}, expected a floating-point tensor")
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def wants_host_times(predict_flow: FlowPredictor) -> bool:
+    """Whether the predictor takes its timesteps in host memory; see `FlowPredictor`."""
+    return getattr(predict_flow, "host_times", False)
 
 
 def flow_function(predict_flow: FlowPredictor, *, wants_r: bool) -> FlowFunction:

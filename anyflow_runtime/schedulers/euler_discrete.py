@@ -64,7 +64,7 @@ class EulerDiscreteScheduler(Scheduler):
         """
         dtype = solver_dtype(initial_noise, "initial_noise")
         flow = flow_function(predict_flow, wants_r=False)
-        timesteps = self.timesteps.to(initial_noise.device, initial_noise.dtype)
+        timesteps = self._times("timesteps", initial_noise, predict_flow)
         x = initial_noise
         for i in self._steps(len(timesteps) - 1):
             step = self.sigmas[i + 1] - self.sigmas[i]

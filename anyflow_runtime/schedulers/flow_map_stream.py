@@ -26,6 +26,7 @@ from .base import (
     noised,
     shifted,
     solver_dtype,
+    wants_host_times,
 )
 
 
@@ -109,7 +110,10 @@ class FlowMapEulerScheduler(Scheduler):
             if not (math.isfinite(value) and 0 <= value <= count):
                 raise ScheduleError(f"{name}: got {value}, expected a value in [0, {count}]")
         told_r = r_timestep if self.config.use_mean_velocity else timestep
-        t, r = (torch.full((), value, dtype=torch.float32, device=sample.device) for value in (timestep, told_r))
+        if wants_host_times(predict_flow):
+            t, r = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in (timestep, told_r))
+        else:  # filled there: a copy would wait for the device
+            t, r = (torch.full((), v, dtype=torch.float32, device=sample.device) for v in (timestep, told_r))
         u: Any = flow_function(predict_flow, wants_r=True)(sample, t, r)
         if isinstance(u, GuidedFlow):
             return u.step(sample, timestep / count, r_timestep / count)

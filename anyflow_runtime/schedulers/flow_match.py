@@ -97,7 +97,7 @@ class FlowMatchScheduler(Scheduler):
         """
         dtype = solver_dtype(initial_noise, "initial_noise")
         flow = flow_function(predict_flow, wants_r=False)
-        timesteps = self.denoising_step_list.to(initial_noise.device, initial_noise.dtype)
+        timesteps = self._times("denoising_step_list", initial_noise, predict_flow)
         zero = torch.zeros_like(timesteps[0])
         x = clean = initial_noise
         for i in self._steps(len(timesteps)):

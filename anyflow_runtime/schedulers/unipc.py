@@ -85,7 +85,7 @@ class FlowMatchUniPCScheduler(Scheduler):
         """
         solver_dtype(initial_noise, "initial_noise")
         flow = flow_function(predict_flow, wants_r=False)
-        timesteps = self.timesteps.to(initial_noise.device, initial_noise.dtype)
+        timesteps = self._times("timesteps", initial_noise, predict_flow)
         depth = self.config.solver_order
         x = start = initial_noise
         past: list[Tensor] = []  # estimates of the clean latent, newest first, as many as there are yet

@@ -105,6 +105,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
     """
 
     model_class: ClassVar[type[AnyFlowModel]]
+    host_times = True  # a time known on the host is embedded once per rollout
 
     def __init__(
         self,
@@ -284,7 +285,7 @@ class AnyFlowStream(Transformer[TransformerCacheT]):
         return self.flow_of_frames(noisy_latent, t, r, cache)
 
     def flow_of_frames(self, x: Tensor, t: Tensor, r: Tensor, cache: TransformerCacheT) -> GuidedFlow:
-        """`guided_flow` from t to r, (B, T) each in fp32."""
+        """`guided_flow` from t to r, (B, T) each in fp32, in host memory where the scheduler knows them."""
         raise NotImplementedError(f"{type(self).__name__} has neither guided_flow nor a predict_flow of its own")
 
     def guided_velocity(self, network: Callable[..., Tensor], condition: Condition, *inputs: Tensor) -> Tensor:

@@ -188,11 +188,12 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         transformer.settle()
         latent = state.clean_latent
         # fp32 whatever the model's dtype: in bf16 a timestep of 999 would be 1000.
-        timestep = torch.full((), self.config.context_noise, dtype=torch.float32, device=latent.device)
+        known: dict[str, Any] = {"size": (), "fill_value": self.config.context_noise, "dtype": torch.float32}
+        timestep = torch.full(**known, device="cpu" if transformer.host_times else latent.device)
         if self.config.context_noise > 0:
             if self.config.noise_in_unpatchified_shape:
                 latent = transformer.unpatchify_and_maybe_gather_cp(latent)
-            latent = self.scheduler.add_noise(latent, timestep, state.rng)
+            latent = self.scheduler.add_noise(latent, torch.full(**known, device=latent.device), state.rng)
             if self.config.noise_in_unpatchified_shape:
                 latent = transformer.patchify_and_maybe_split_cp(latent)
         transformer.finalize_kv_cache(latent, timestep, state.cache, state.input)
@@ -259,7 +260,9 @@ class DiffusionModel(nn.Module, Generic[TransformerCacheT]):
         def flow_map(x: Tensor, timestep: Tensor, r_timestep: Tensor) -> Any:
             return call(x, timestep, r_timestep=r_timestep)
 
-        return flow_map if self._takes_r else flow
+        chosen: Any = flow_map if self._takes_r else flow
+        chosen.host_times = transformer.host_times
+        return chosen
 
     def _check(self, name: str, x: Tensor) -> None:
         if self.config.check_finite:

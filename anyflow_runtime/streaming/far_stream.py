@@ -57,9 +57,12 @@ class AnyFlowFARStreamConfig(AnyFlowStreamConfig):
 
 @dataclass(frozen=True)
 class FinishedChunk:
-    """A chunk as the context holds it: (B, F, C, H, W) latents, and their timestep, 0 unless kept noisy."""
+    """A chunk as the context holds it: (B, F, C, H, W) latents, the same once per row of the cache (with guidance 2B),
+    and their timestep, 0 unless kept noisy.
+    """
 
     latents: Tensor
+    rows: Tensor
     timestep: Tensor
 
     @property
@@ -231,7 +234,8 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         Nothing is encoded while the next chunk is given as well, or after the last one.
         """
         self.no_input(input)
-        finished = self._windowed((*cache.finished, FinishedChunk(noisy_latent, timestep.float())))
+        chunk = FinishedChunk(noisy_latent, cache.condition.rows(noisy_latent), timestep.float())
+        finished = self._windowed((*cache.finished, chunk))
         following = cache.num_finished + 1
         if following < len(cache.given) or following == cache.num_chunks:
             cache.encoded = None
@@ -244,18 +248,10 @@ class AnyFlowFARStream(AnyFlowStream[AnyFlowFARStreamCache]):
         """Make these chunks the cached context under the current prompt; only what the cache lacks is computed."""
         condition = cache.condition
         cache.encoded = None
-        latents = condition.rows(torch.cat([chunk.latents for chunk in chunks], dim=1))
-        times = condition.rows(torch.cat([per_frame(chunk.timestep, chunk.latents) for chunk in chunks], dim=1))
+        times = torch.cat([per_frame(chunk.timestep, chunk.rows) for chunk in chunks], dim=1)
         partition = tuple(chunk.frames for chunk in chunks)
-        self.model(
-            latents,
-            times,
-            times,
-            condition.text,
-            partition,
-            condition.image,
-            kv_cache=cache.far,
-            kv_cache_flag={"is_cache_step": True},
+        self.model.prefill(
+            cache.far, [chunk.rows for chunk in chunks], partition, condition.text, condition.image, times
         )
         cache.encoded = condition
 

@@ -54,6 +54,7 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
     """
 
     turns: Turns | None = None  # with offloading: who has the device
+    host_times = False  # whether timesteps come in host memory, where the scheduler knows them, or on the device
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class Transformer(nn.Module, ABC, Generic[TransformerCacheT]):
 
         Args:
             noisy_latent: patchified.
-            timestep: 0-d tensor.
+            timestep: 0-d tensor, on the device unless `host_times`.
             cache: of this rollout.
             input: the chunk's patchified encoder output, None without an encoder.
         Returns:
