@@ -69,6 +69,7 @@ class Rules(NamedTuple):
     name: str
     schedule: Any
     rows: Any
+    around: int  # launches of a step beside its blocks and the two GEMMs at its ends: tests/test_streaming_launches.py
     early: bool  # kernels start while the one before ends, where the chip can (programmatic dependent launch)
 
 
@@ -92,10 +93,10 @@ def rules_of(commit: str) -> Rules:
         sys.modules[module.__name__] = module  # dataclasses look their module up
         exec(compile(shown.stdout, where, "exec"), vars(module))
         modules.append(module)
-    return Rules(commit, modules[0], modules[1], early=False)
+    return Rules(commit, modules[0], modules[1], around=10, early=False)
 
 
-TODAY = Rules("now", tile_schedule, attention_rows, early=True)
+TODAY = Rules("now", tile_schedule, attention_rows, around=8, early=True)
 
 
 @dataclass
@@ -194,7 +195,7 @@ def forward(chip: Chip, model: str, layout: FarLayout, rules: Rules, keys_only: 
     if keys_only:
         return ends + first * layers + after * (layers - 1)
     modulation = Work(rows=memory_seconds(chip, 2 * 4 * 6 * dim * frames * layers))
-    around = Work(gaps=10 * GAP)  # patches, modulation, the head's norm, the step: tests/test_streaming_launches.py
+    around = Work(gaps=rules.around * GAP)
     return (first + after) * layers + ends + product(dim, LATENT_CHANNELS) + modulation + around
 
 
