@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
 from torch import Tensor, nn
 
@@ -48,12 +48,15 @@ def accelerate(
         The same object.
 
     Raises:
-        TypeError: if it is neither, or the transformer is wrapped (`torch.compile`) or hooked in a way that hides it.
+        TypeError: if it is neither, or the transformer is wrapped (`torch.compile`), or has hooks, blocks or attention
+            processors that replace what our kernels fuse; offloading and casting hooks do not.
         RuntimeError: if the backend cannot run here.
     """
     transformer = _transformer_of(pipe)
     if not isinstance(transformer, AnyFlowModel):
         _adopt(transformer)
+    if transformer is not pipe and type(transformer) in _MERGED.values():
+        _admit(type(pipe), transformer)
     transformer._init_runtime(backend, match_diffusers_padding, cuda_graphs)
     scheduler: Any = getattr(pipe, "scheduler", None)
     kind = type(scheduler)
@@ -78,6 +81,9 @@ def restore(pipe: Pipeline) -> Pipeline:
         for module in (transformer, *transformer.blocks):
             vars(module).pop("_compiled_call_impl", None)
             _change_class(module, type(module).__bases__[0])
+        for block in transformer.blocks:
+            for attention in (block.attn1, block.attn2):
+                attention.__class__ = type(attention).__bases__[0]
         for name in AnyFlowModel.runtime_state:
             delattr(transformer, name)
     scheduler: Any = getattr(pipe, "scheduler", None)
@@ -100,21 +106,48 @@ def _transformer_of(pipe: Any) -> Any:
 
 
 def _adopt(transformer: Any) -> None:
-    for module in transformer.modules():
-        if hasattr(module, "_diffusers_hook") and "forward" in vars(module):
-            raise TypeError(
-                "pipe: the transformer has diffusers hooks (group offload, caching); accelerate before that"
-            )
+    for name, module in transformer.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        unknown = [] if registry is None else sorted(set(registry.hooks) - _KNOWN_HOOKS)
+        if unknown:
+            raise TypeError(f"pipe: {name or 'the transformer'} has the hook {unknown[0]!r}, which {_REPLACES}")
     for block in transformer.blocks:
+        if not all(hasattr(block, part) for part in ("attn1", "attn2", "ffn", "scale_shift_table")):
+            raise TypeError(f"pipe: a block is a {type(block).__name__}, which {_REPLACES}")
+        for attention in (block.attn1, block.attn2):
+            if type(attention.processor) not in attention._available_processors:
+                raise TypeError(
+                    f"pipe: a block has the processor {type(attention.processor).__name__}, which {_REPLACES}"
+                )
+    for block in transformer.blocks:
+        for attention in (block.attn1, block.attn2):
+            attention.__class__ = _merged(type(attention), object)
         _change_class(block, _merged(type(block), AnyFlowTransformerBlock))
     _change_class(transformer, _merged(type(transformer), MODELS[type(transformer).__name__]))
 
 
+# What diffusers adds to a module and our forward works with; its other hooks replace what is inside the module.
+_KNOWN_HOOKS = {"group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "layerwise_casting"}
+_REPLACES = "replaces what our kernels fuse; take that off before accelerate, or leave this pipeline to diffusers"
+_REFUSED = {
+    "set_attention_backend": "attention is ours: accelerate(pipe, backend=...) chooses",
+    "set_attn_processor": "attention is ours, and calls no processor",
+    "set_processor": "attention is ours, and calls no processor",
+    "enable_parallelism": "several GPUs share a video by anyflow_runtime.parallel.context_parallel",
+    "enable_cache": "a cache of block outputs skips what our kernels fuse, and at few steps there is little to skip",
+}
+
+
 def _merged(theirs: Any, ours: Any) -> type:
-    """A class that is both: everything from diffusers' but `forward` and what only ours has."""
+    """A class that is both: everything from diffusers' but `forward` and what only ours has. `object` stands for
+    nothing of ours. What would be accepted and have no effect is refused."""
     if (theirs, ours) in _MERGED:
         return _MERGED[theirs, ours]
-    namespace: dict[str, Any] = {"forward": ours.forward, "__module__": theirs.__module__, "__doc__": theirs.__doc__}
+    namespace: dict[str, Any] = {"__module__": theirs.__module__, "__doc__": theirs.__doc__}
+    namespace["__reduce__"] = lambda self: (_again, (theirs, ours), vars(self).copy())
+    namespace |= {name: _refusing(name, why) for name, why in _REFUSED.items() if hasattr(theirs, name)}
+    if ours is not object:
+        namespace["forward"] = ours.forward
     if issubclass(ours, AnyFlowModel):
         from diffusers.utils import apply_lora_scale
 
@@ -122,7 +155,29 @@ def _merged(theirs: Any, ours: Any) -> type:
         namespace["from_config"] = classmethod(theirs.from_config.__func__)
         if hasattr(ours, "build_attention_mask"):
             namespace["build_attention_mask"] = ours.build_attention_mask
-    return _MERGED.setdefault((theirs, ours), type(theirs.__name__, (theirs, ours), namespace))
+    bases = (theirs,) if ours is object else (theirs, ours)
+    return _MERGED.setdefault((theirs, ours), type(theirs.__name__, bases, namespace))
+
+
+def _again(theirs: type, ours: type) -> Any:
+    """An empty instance of a merged class, for `pickle` and `copy`, which find no such class by its name."""
+    merged: Any = _merged(theirs, ours)
+    return merged.__new__(merged)
+
+
+def _refusing(name: str, why: str) -> Any:
+    def refuse(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        raise NotImplementedError(f"{name}: has no effect on an accelerated transformer, for {why}; or restore first")
+
+    return refuse
+
+
+def _admit(pipeline: Any, transformer: Any) -> None:
+    """Let `from_pipe`, which compares exact classes with the annotations of the constructor, take the merged class."""
+    annotations = pipeline.__init__.__annotations__
+    merged, theirs = type(transformer), type(transformer).__bases__[0]
+    if merged not in getattr(annotations.get("transformer"), "__args__", ()):
+        annotations["transformer"] = Union[theirs, merged]  # noqa: UP007  (of classes made at run time)
 
 
 def _merged_scheduler(theirs: Any) -> type:
@@ -162,5 +217,10 @@ def _with_state(cls: Any, state: dict[str, Any]) -> Any:
 
 def _change_class(module: Any, new: Any) -> None:
     module.__class__ = new
+    forward = types.MethodType(new.forward, module)
     if "_old_forward" in vars(module):  # an accelerate hook calls the forward it found when it was attached
-        module._old_forward = types.MethodType(new.forward, module)
+        module._old_forward = forward
+    elif "_diffusers_hook" in vars(module) and module._diffusers_hook._fn_refs:  # and so does diffusers' innermost one
+        module._diffusers_hook._fn_refs[0].forward = forward
+    else:
+        vars(module).pop("forward", None)  # what a hook that was taken off has left

@@ -18,7 +18,7 @@ from .conditioning import ConditionEmbedder
 from .config import ModelConfig, constructor_arguments
 from .layers import FP32LayerNorm
 from .loading import CheckpointMixin
-from .parameters import apply_linear, onloaded, weight_addresses
+from .parameters import apply_linear, in_place, onloaded, weight_addresses
 from .rotary import RotaryTables
 from .token_shards import TokenSharing, take
 from .workspaces import IdleWorkspaces
@@ -145,9 +145,10 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
             x, inputs = self.parallel.split(x, inputs)
         if torch.is_grad_enabled():
             inputs.prompt.tokens()  # outside any checkpointed block, which must not create what its recomputation finds
-        tables = [block.scale_shift_table for block in self.blocks]
-        if not any(table.is_meta for table in tables):  # a table that is offloaded is only there inside its block
-            inputs.modulation = torch.stack(tables).unsqueeze(1) + inputs.times
+        if all(map(in_place, self.blocks)):  # a table that is offloaded is only there inside its block
+            tables = [block.scale_shift_table for block in self.blocks]
+            if len({table.device for table in tables}) == 1:  # `device_map` may spread the blocks
+                inputs.modulation = torch.stack(tables).unsqueeze(1) + inputs.times
         pending: Pending = (x, None, None)
         for layer, block in enumerate(self.blocks):
             last = keys_only and layer == len(self.blocks) - 1

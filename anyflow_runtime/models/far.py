@@ -21,7 +21,7 @@ from .cache import Context, FarCache
 from .checks import check_cache, check_context, check_frame_count, check_parallel, check_video, expect
 from .conditioning import embed_times
 from .outputs import AnyFlowFARTransformerOutput, TransformerOutput, output
-from .parameters import warm_start_compressed_weight
+from .parameters import onloaded, warm_start_compressed_weight
 from .prompt_keys import CrossAttentionKeys, PromptKeys, Seen
 from .reference_cache import adopt_reference_cache
 from .token_shards import HeldKeys
@@ -221,7 +221,8 @@ class AnyFlowFARTransformer3DModel(AnyFlowModel):
         check_parallel(self, video)
         check_cache(self, cache, video)
         self._keep_pending(cache, video, torch.stack([timestep] * 2), prompt, tuple(chunk_partition), chunks)
-        self.encode_pending(cache)
+        with onloaded(self):  # its hooks stand around `forward`, which this is not
+            self.encode_pending(cache)
 
     def _keep_pending(
         self,

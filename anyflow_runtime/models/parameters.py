@@ -61,15 +61,30 @@ def parameter_dtype(module: nn.Module) -> torch.dtype:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Have the parameters of these modules in place, which accelerate's offload hooks bring when one is called."""
-    hooked: list[Any] = [module for module in modules if hasattr(module, "_hf_hook")]
-    for module in hooked:
-        module._hf_hook.pre_forward(module)
+    """Have the parameters of these modules in place, which hooks of accelerate or diffusers bring when one is called:
+    those that offload one by one or in groups, or store weights in another dtype.
+    """
+    hooks = [(module, hook) for module in modules for hook in _hooks(module)]
+    for module, hook in hooks:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in hooked:
-            module._hf_hook.post_forward(module, None)
+        for module, hook in reversed(hooks):
+            hook.post_forward(module, None)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Those of a module in the order of their `pre_forward`: the one that was added last comes first."""
+    state = module.__dict__
+    hooks = [*state["_diffusers_hook"].hooks.values()][::-1] if "_diffusers_hook" in state else []
+    return [state["_hf_hook"], *hooks] if "_hf_hook" in state else hooks
+
+
+def in_place(module: nn.Module) -> bool:
+    """Whether a module's own parameters are there outside its forward: no hook brings them, none is meta."""
+    hooked = _is_hooked(module.__dict__)
+    return not hooked and not any(p is not None and p.is_meta for p in module._parameters.values())
 
 
 def fuse_storage(linears: Sequence[nn.Module]) -> None:

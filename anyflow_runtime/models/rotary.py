@@ -7,6 +7,7 @@ Source: FAR (arXiv 2503.19325) on Wan2.1's axes; `AnyFlowCausalRotaryPosEmbed` o
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from anyflow_kernels import Segment
 
 THETA = 10000.0
+_LOCK = threading.Lock()  # of all tables: a model, which is copied and pickled, cannot hold one
 
 
 class RotaryTables:
@@ -50,15 +52,20 @@ class RotaryTables:
     ) -> tuple[Tensor, Tensor]:
         """The rows of these segments' tokens, in order."""
         key = (tuple(segments), device, dtype)
-        if key not in self._kept:
-            tables = [self._segment(s, device) for s in segments]
-            angles = torch.cat(tables) if tables else torch.zeros(0, sum(self.axis_dims) // 2, dtype=torch.complex128)
-            self._kept[key] = (angles.real.to(device, dtype), angles.imag.to(device, dtype))
-            self.nbytes += _nbytes(self._kept[key])
+        with _LOCK:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        parts = [self._segment(s, device) for s in segments]
+        angles = torch.cat(parts) if parts else torch.zeros(0, sum(self.axis_dims) // 2, dtype=torch.complex128)
+        tables = (angles.real.to(device, dtype), angles.imag.to(device, dtype))
+        with _LOCK:
+            if key not in self._kept:
+                self.nbytes += _nbytes(tables)
+            self._kept[key] = tables
             while self.nbytes > self.KEPT_BYTES and len(self._kept) > 1:
                 self.nbytes -= _nbytes(self._kept.popitem(last=False)[1])
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        return tables
 
     def _segment(self, s: Segment, device: torch.device) -> Tensor:
         """Unit complex numbers, (tokens, d/2)."""

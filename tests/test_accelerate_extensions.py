@@ -1,0 +1,224 @@
+"""Extension points of diffusers around an accelerated transformer: they work, or say in a sentence why not.
+
+A CPU stands for the accelerator that weights are brought to: what is offloaded is poisoned with NaN meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers.hooks import group_offloading
+
+from anyflow_runtime import accelerate, restore
+from anyflow_runtime.models import AnyFlowModel
+
+from .parity import FP32_TOLERANCE, relative_error
+from .test_accelerate import make, run
+
+both_models = pytest.mark.parametrize("causal", [True, False], ids=["far", "bidirectional"])
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Offloaded weights hold NaN until they are onloaded; the groups onloaded, in order."""
+    original: dict[int, torch.Tensor] = {}
+    order: list[str] = []
+
+    def tensors(group: Any) -> list[torch.Tensor]:
+        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
+
+    def offload(group: Any) -> None:
+        for p in tensors(group):
+            if id(p) not in original:
+                original[id(p)] = p.data.clone()
+            p.data = torch.full_like(p.data, torch.nan)
+
+    def onload(group: Any) -> None:
+        order.append(str(len(tensors(group))))
+        for p in tensors(group):
+            p.data = original[id(p)].clone()
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload)
+    yield order
+
+
+@both_models
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_group_offload(level: str, when: str, causal: bool, poisoned: list[str]) -> None:
+    pipe = make(causal)
+    want = run(pipe)
+
+    def offload() -> None:
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
+
+    if when == "before":
+        offload()
+    accelerate(pipe, match_diffusers_padding=True)
+    if when == "after":
+        offload()
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
+    assert poisoned
+    restore(pipe)
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
+
+
+def test_prefill_brings_offloaded_weights(poisoned: list[str]) -> None:
+    from anyflow_runtime import FarCache
+
+    model = accelerate(make()).transformer
+    video, text = torch.randn(1, 2, 16, 4, 6), torch.randn(1, 3, 16)
+
+    def velocity() -> torch.Tensor:
+        cache = FarCache.for_model(model, (1, 1, 1), 4, 6, 1)
+        model.prefill(cache, video, (1, 1), text)
+        times = torch.full((1, 1), 500.0)
+        return model(video[:, :1], times, times / 2, text, (1, 1, 1), kv_cache=cache).sample
+
+    with torch.no_grad():
+        want = velocity()
+        model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=2)
+        torch.testing.assert_close(velocity(), want)
+
+
+@both_models
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layerwise_casting_stores_fp8(when: str, causal: bool) -> None:
+    pipe, reference = make(causal), make(causal)
+    cast = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    reference.transformer.enable_layerwise_casting(**cast)
+    want = run(reference)
+    if when == "after":
+        accelerate(pipe, match_diffusers_padding=True)
+    pipe.transformer.enable_layerwise_casting(**cast)
+    if when == "before":
+        accelerate(pipe, match_diffusers_padding=True)
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
+    assert pipe.transformer.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
+    pipe.transformer.cuda_graphs = True
+    assert not pipe.transformer.captures(torch.device("cuda"))  # its hooks free the memory that a graph would read
+
+
+@both_models
+def test_from_pipe_shares_the_accelerated_transformer(causal: bool) -> None:
+    pipe = accelerate(make(causal), match_diffusers_padding=True)
+    other = type(pipe).from_pipe(pipe)
+    assert other.transformer is pipe.transformer and isinstance(other.transformer, AnyFlowModel)
+    assert relative_error(run(other), run(pipe)) == 0
+    restore(pipe)
+    assert type(pipe).from_pipe(pipe).transformer is pipe.transformer
+
+
+@both_models
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_copies_stay_accelerated_and_are_their_own(how: str, causal: bool) -> None:
+    pipe = accelerate(make(causal), match_diffusers_padding=True)
+    want = run(pipe)
+    if how == "pickle":
+        copied = pickle.loads(pickle.dumps(pipe.transformer))
+    elif how == "torch.save":
+        file = io.BytesIO()
+        torch.save(pipe.transformer, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    else:
+        copied = copy.deepcopy(pipe.transformer)
+    assert type(copied) is type(pipe.transformer)
+    with torch.no_grad():
+        for p in pipe.transformer.parameters():
+            p.zero_()
+    pipe.transformer = copied
+    assert relative_error(run(pipe), want) == 0
+    restore(pipe)
+    assert not isinstance(copied, AnyFlowModel)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model: model.set_attention_backend("native"), "set_attention_backend: .*backend="),
+        (lambda model: model.blocks[0].attn1.set_processor(object()), "set_processor: .*calls no processor"),
+        (lambda model: model.enable_parallelism(config=None), "enable_parallelism: .*context_parallel"),
+    ],
+    ids=["set_attention_backend", "set_processor", "enable_parallelism"],
+)
+def test_what_would_have_no_effect_is_refused_until_restored(call: Any, says: str) -> None:
+    pipe = accelerate(make(causal=False))
+    with pytest.raises(NotImplementedError, match=says):
+        call(pipe.transformer)
+    restore(pipe)
+    assert "refuse" not in str(type(pipe.transformer).set_attention_backend)
+    assert type(pipe.transformer.blocks[0].attn1).set_processor.__module__.startswith("diffusers")
+
+
+def test_a_foreign_processor_is_refused_before_anything_changes() -> None:
+    pipe = make(causal=False)
+    pipe.transformer.blocks[1].attn1.processor = lambda *arguments: None
+    kinds = [type(module) for module in pipe.transformer.modules()]
+    with pytest.raises(TypeError, match="has the processor function, which replaces what our kernels fuse"):
+        accelerate(pipe)
+    assert [type(module) for module in pipe.transformer.modules()] == kinds
+
+
+def test_a_hook_that_caches_blocks_is_refused() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    pipe = make(causal=False)
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer.blocks[0]).register_hook(ModelHook(), "fbc_block_hook")
+    with pytest.raises(TypeError, match=r"blocks\.0 has the hook 'fbc_block_hook', which replaces"):
+        accelerate(pipe)
+
+
+def test_replaced_blocks_are_refused() -> None:
+    """cache-dit puts one module in the place of all blocks."""
+    pipe = make(causal=False)
+    pipe.transformer.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+    with pytest.raises(TypeError, match="a block is a Identity, which replaces"):
+        accelerate(pipe)
+
+
+@both_models
+@pytest.mark.parametrize("order", ["offload, accelerate, restore, unhook", "accelerate, offload, unhook, restore"])
+def test_hooks_come_and_go_in_any_order(order: str, causal: bool) -> None:
+    from diffusers.hooks import HookRegistry
+
+    pipe = make(causal)
+    want = run(pipe)
+    steps = {
+        "offload": lambda: pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+        "accelerate": lambda: accelerate(pipe, match_diffusers_padding=True),
+        "restore": lambda: restore(pipe),
+        "unhook": lambda: HookRegistry.check_if_exists_or_initialize(pipe.transformer).remove_hook("group_offloading"),
+    }
+    for step in order.split(", "):
+        steps[step]()
+        assert relative_error(run(pipe), want) < FP32_TOLERANCE, step
+    assert isinstance(accelerate(pipe, match_diffusers_padding=True).transformer, AnyFlowModel)
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
+
+
+def test_without_a_kv_cache_the_answer_is_diffusers_own() -> None:
+    """`use_kv_cache=False` fails in diffusers 0.42 itself; accelerated it fails the same way, not silently wrong."""
+    failures = []
+    for pipe in (make(), accelerate(make())):
+        with pytest.raises(Exception) as failure:
+            run(pipe, use_kv_cache=False)
+        failures.append(type(failure.value))
+    assert failures[0] is failures[1]
+
+
+def test_a_single_file_is_refused_in_words(tmp_path: Any) -> None:
+    from diffusers import AnyFlowFARTransformer3DModel
+
+    with pytest.raises(ValueError, match="FromOriginalModelMixin is currently only compatible with"):
+        AnyFlowFARTransformer3DModel.from_single_file(str(tmp_path / "x.gguf"))
