@@ -41,7 +41,7 @@ def _rotate(x, cos, sin, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [BLOCK_H, BLOCK_C])
 
 
-@triton.jit(do_not_specialize=["offset"])
+@triton.jit(do_not_specialize=["num_tokens", "offset"])
 def _qk_norm_rope_append_kernel(
     qkv_ptr,
     q_weight_ptr,
