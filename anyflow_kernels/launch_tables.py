@@ -17,8 +17,14 @@ _KEPT: ContextVar[list[Any] | None] = ContextVar("kept_launch_tables", default=N
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device. From the host to CUDA by way of pinned memory: any other copy waits for the device."""
+    """A tensor on a device. From the host to CUDA by way of pinned memory: any other copy waits for the device.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured: its replays would copy from memory that has long been another's.
+    """
     if table.device.type == "cpu" and device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("capture: got a table to copy to the device, expected all of them from the first run")
         return table.pin_memory().to(device, non_blocking=True)
     return table.to(device)
 

@@ -268,6 +268,7 @@ class FakeCuda(TorchDispatchMode):
         yield cuda, "Stream", lambda device=None, **_: Stream(self)
         yield cuda, "Event", lambda **_: Event(self)
         yield cuda, "CUDAGraph", lambda: Graph(self)
+        yield cuda, "is_current_stream_capturing", lambda: self._captured is not None
         yield cuda, "current_stream", lambda device=None: self._current
         yield cuda, "default_stream", lambda device=None: self._default
         yield cuda, "stream", self._stream

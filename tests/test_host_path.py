@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from anyflow_kernels import AttentionPlan
+from anyflow_kernels.launch_tables import to_device
 from anyflow_kernels.triton_ops.tile_schedule import encode, query_schedule
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel, FarCache
 from anyflow_runtime.decoders import PixelDecoderConfig
 from anyflow_runtime.models import cuda_graphs, parameters
+from anyflow_runtime.models.cuda_graphs import StepGraphs
 from anyflow_runtime.schedulers import (
     EulerDiscreteSchedulerConfig,
     FlowMapEulerSchedulerConfig,
@@ -134,6 +136,18 @@ def test_schedules_of_attention_go_to_the_device_without_a_wait(cuda: FakeCuda) 
     assert query_schedule(runs, 2, 16, 16, 7, None, 0, DEVICE).items.is_cuda
     query_schedule.__wrapped__.cache_clear()  # type: ignore[attr-defined]
     assert not cuda.waits
+
+
+def test_no_table_is_copied_in_a_capture(cuda: FakeCuda) -> None:
+    """A replay would read the host memory once more, which is another's by then."""
+    graphs, x = StepGraphs(), torch.ones(3, device=DEVICE)
+
+    def step(x: Tensor) -> Tensor:
+        return x + to_device(torch.ones(3), DEVICE)
+
+    graphs.run("key", step, x)
+    with pytest.raises(RuntimeError, match="from the first run"):
+        graphs.run("key", step, x)
 
 
 SCHEDULERS = {
