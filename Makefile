@@ -11,7 +11,7 @@ EXTENSION_SOURCES := $(wildcard csrc/*)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
-CODE := $(PUBLIC) $(wildcard tests bench scripts examples docs) setup.py
+CODE := $(PUBLIC) $(wildcard emulator tests bench scripts examples docs) setup.py
 
 .PHONY: demo drop-in test browser-test check format cuda-check aot-check versions docs clean FORCE
 

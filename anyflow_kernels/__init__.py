@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .far_layout import AttentionPlan, FarLayout, Segment
+from .launch_configs import INTERPRETER, architecture
 from .operations import OPERATIONS, Ops, TimestepMLP
 
 __all__ = ["AttentionPlan", "FarLayout", "Ops", "Segment", "TimestepMLP", "available_backends", "load_ops", *OPERATIONS]
@@ -63,7 +64,8 @@ def _obstacle(backend: str) -> str | None:
         return None
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    emulated = architecture("cpu") != INTERPRETER
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" and not emulated:
         return "no CUDA device (TRITON_INTERPRET=1, set before Python starts, runs them on a CPU, slowly, for tests)"
     if torch.cuda.is_available() and torch.version.hip:
         return f"ROCm {torch.version.hip}: the kernels are for NVIDIA GPUs ('torch' runs here)"

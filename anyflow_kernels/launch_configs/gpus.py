@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-__all__ = ["ARCHITECTURES", "GPUS", "INTERPRETER", "Gpu", "architecture", "pdl", "rows_for"]
+__all__ = ["ARCHITECTURES", "GPUS", "INTERPRETER", "Gpu", "architecture", "emulate", "pdl", "rows_for"]
 
 INTERPRETER = 0  # the rows for TRITON_INTERPRET=1
 
@@ -61,8 +61,23 @@ class _Row(Protocol):
 Row = TypeVar("Row", bound=_Row)
 
 
+_serves_cpu = INTERPRETER
+
+
+def emulate(arch: int) -> None:
+    """From now on the rows of a GPU serve CPU tensors: its kernels run in `emulator/`.
+
+    Raises:
+        ValueError: if the GPU has no rows.
+    """
+    global _serves_cpu
+    if arch not in GPUS:
+        raise ValueError(f"arch: got {arch}, expected one of {ARCHITECTURES}")
+    _serves_cpu = arch
+
+
 def architecture(device: torch.device | str) -> int:
-    """The architecture whose rows serve a device: 0 for the interpreter on a CPU.
+    """The architecture whose rows serve a device: on a CPU 0 for the interpreter, or that of `emulate`.
 
     A chip without rows, and not known to be like one that has them, takes those of the newest architecture that is
     not newer than it, and a warning says so.
@@ -72,7 +87,7 @@ def architecture(device: torch.device | str) -> int:
     """
     device = torch.device(device)
     if device.type != "cuda":
-        return INTERPRETER
+        return _serves_cpu
     return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 

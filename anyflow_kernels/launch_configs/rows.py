@@ -185,6 +185,7 @@ LINEAR_GELU = (
 @torch.compiler.assume_constant_result
 def linear_gelu_way(device: torch.device, dtype: torch.dtype) -> str:
     """The way of `linear_gelu` on a device, the one that won there if any did; a constant to torch.compile."""
-    arch = architecture(device)
+    # Emulated kernels run beside a CPU's library.
+    arch = architecture(device) if device.type == "cuda" else INTERPRETER
     won = choice_for(arch, Key("linear_gelu", dtype))
     return rows_for(LINEAR_GELU, arch)[0].way if won is None else won.way
