@@ -18,6 +18,7 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import ty_to_cpp
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.driver import driver as triton_driver
 
@@ -27,13 +28,15 @@ from anyflow_kernels.launch_configs import GPUS
 @dataclass(frozen=True)
 class Compiled:
     """A kernel as the JIT compiled it for one signature. `metadata` is Triton's, `signature` has a type per argument:
-    "*bf16", "i32", "fp32", "constexpr", "tensordesc<...>".
+    "*bf16", "i32", "fp32", "constexpr", "tensordesc<...>". In a `gluon` kernel fences are the author's, not the
+    compiler's.
     """
 
     name: str
     hash: str
     signature: dict[str, str]
     metadata: Any
+    gluon: bool
 
     @property
     def ptx(self) -> str:
@@ -81,7 +84,7 @@ class Driver:
         """Called once per compiled kernel; what it returns, once per launch."""
         names = source.fn.arg_names
         signature = {names[k] if isinstance(k, int) else k: kind for k, kind in source.signature.items()}
-        kernel = Compiled(metadata.name, metadata.hash, signature, metadata)
+        kernel = Compiled(metadata.name, metadata.hash, signature, metadata, isinstance(source, GluonASTSource))
         self.compiled.append(kernel)
 
         def run(grid_x: int, grid_y: int, grid_z: int, stream: int, function: int, *rest: Any) -> None:

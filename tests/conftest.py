@@ -1,4 +1,7 @@
-"""Test-wide settings. All runs on a CPU; tests marked `gpu` need a CUDA device, tests marked `slow` need --run-slow."""
+"""Test-wide settings. All runs on a CPU; tests marked `gpu` need a CUDA device, tests marked `slow` need --run-slow.
+
+Without a GPU Triton kernels run in its interpreter, or, with --emulate, as the PTX of a GPU (`emulator/README.md`).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,7 @@ settle_threads()  # before torch is loaded
 
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
-    # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+from emulator import plugin
 
 # A table that `anyflow tune` left on this machine must not decide what the tests launch.
 os.environ["ANYFLOW_TUNING"] = ""
@@ -30,9 +31,23 @@ torch.manual_seed(0)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    plugin.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not torch.cuda.is_available() and config.getoption("--emulate") is None:
+        # Triton reads it when a kernel is defined, so it has to be set before any kernel module is imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    plugin.configure(config)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if line := plugin.summary():
+        terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    plugin.skip(config, items)
     skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
     skip_slow = pytest.mark.skip(reason="slow: pass --run-slow to run it")
     for item in items:
