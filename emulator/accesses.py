@@ -65,7 +65,7 @@ def _ld(gang: Gang, i: Instruction) -> Run:
         lanes = gang.lanes(m)
         row = gang.lane_row[lanes]
         if where == "global":
-            data = gang.memory.load(at(lanes), size * count, gang.cta_ids[row], i)
+            data = gang.memory.load(at(lanes), size * count, gang.blocks_of(row, i), i)
         else:
             data = gang.shared.read(row, at(lanes), size * count, i)
         parts = data.view(element).reshape(-1, count)
@@ -116,7 +116,7 @@ def _st(gang: Gang, i: Instruction) -> Run:
         for j, value in enumerate(values):
             data[:, j] = value.reshape(-1)[lanes] if m is True else value[m]
         if where == "global":
-            gang.memory.store(at(lanes), data.view(whole)[:, 0], gang.cta_ids[row], i)
+            gang.memory.store(at(lanes), data.view(whole)[:, 0], gang.blocks_of(row, i), i)
         else:
             gang.shared.write(row, at(lanes), data.view(whole)[:, 0], i)
 
@@ -149,7 +149,7 @@ def _atom(gang: Gang, i: Instruction) -> Run:
     def run(m: Mask) -> None:
         lanes = gang.lanes(m)
         numbers = np.arange(gang.warps * LANES)[lanes]
-        plane, index = gang.memory.atomic(at(lanes), width(kind), gang.cta_ids[gang.lane_row[lanes]], i)
+        plane, index = gang.memory.atomic(at(lanes), width(kind), gang.blocks_of(gang.lane_row[lanes], i), i)
         memory = plane.view(out.dtype)
         given = [x.reshape(-1)[lanes] for x in inputs]
         for k, position in enumerate(index):

@@ -175,7 +175,7 @@ def _async_copy(gang: Gang, i: Instruction) -> Run:
         if ((count != 0) & ~whole).any():
             raise EmulationError(f"cp.async of a part of its {size} bytes is not known: {i}")
         if whole.any():
-            data[whole] = gang.memory.load(source(lanes)[whole], size, gang.cta_ids[row[whole]], i)
+            data[whole] = gang.memory.load(source(lanes)[whole], size, gang.blocks_of(row[whole], i), i)
         position = gang.shared.bytes_at(row, to(lanes), size, i)
         words = gang.shared.words(position, size)
         gang.shared.check_write(row, words, i)
@@ -222,6 +222,7 @@ def _tensor_copy(gang: Gang, i: Instruction) -> Run:
     completes = addresses(gang, i.operands[2]) if loads and isinstance(i.operands[2], Address) else None
 
     def run(m: Mask) -> None:
+        gang.blocks_of(gang.rows(m), i)
         for lane in np.arange(gang.warps * LANES)[gang.lanes(m)]:
             row, column = divmod(int(lane), LANES)
             where = int(descriptor[row, column]) - PARAMETERS

@@ -187,7 +187,7 @@ def _zero(file: RegisterFile, i: Instruction) -> Run:
 
 
 def _nothing(file: RegisterFile, i: Instruction) -> Run:
-    """Register budgets, prefetches, dependent launches (one kernel runs after the other here), memory fences."""
+    """Register budgets, prefetches, memory fences."""
     return lambda m: None
 
 
@@ -203,4 +203,4 @@ BUILDERS |= {
 }
 BUILDERS |= dict.fromkeys(("popc", "clz", "brev"), _count)
 BUILDERS |= {"createpolicy": _zero}
-BUILDERS |= dict.fromkeys(("setmaxnreg", "prefetch", "prefetchu", "griddepcontrol", "membar", "nanosleep"), _nothing)
+BUILDERS |= dict.fromkeys(("setmaxnreg", "prefetch", "prefetchu", "membar", "nanosleep"), _nothing)

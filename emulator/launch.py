@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -22,7 +23,7 @@ _SWIZZLES = (0, 32, 64, 128)
 
 
 @lru_cache(256)
-def _parsed(key: str, ptx: str) -> Kernel:
+def _parsed(ptx: str) -> Kernel:
     return parse(ptx)
 
 
@@ -32,13 +33,15 @@ class Emulator:
     Args:
         seed: None runs warps in one order with copies as late as possible; a number draws another interleaving for
             every launch.
+        edit: changes the PTX of every kernel, for tests that plant faults.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
-        self.seed = seed
+    def __init__(self, seed: int | None = None, edit: Callable[[str], str] = lambda ptx: ptx) -> None:
+        self.seed, self.edit = seed, edit
         self.statistics = Statistics()
         self.launches = 0
-        self._gangs: OrderedDict[tuple[str, int], Gang] = OrderedDict()
+        # By the kernel's identity: a gang holds its kernel, so that the number stays its own.
+        self._gangs: OrderedDict[tuple[int, int], Gang] = OrderedDict()
 
     def __call__(self, launch: Launch) -> None:
         """Run it to its end.
@@ -53,7 +56,7 @@ class Emulator:
         metadata = launch.kernel.metadata
         if getattr(metadata, "num_ctas", 1) != 1:
             raise EmulationError(f"{launch.kernel.name}: got clusters of {metadata.num_ctas} blocks, expected 1")
-        kernel = _parsed(launch.kernel.hash, launch.kernel.ptx)
+        kernel = _parsed(self.edit(launch.kernel.ptx))
         views, descriptors, parameters = _unpack(launch, kernel)
         memory = Memory(views)
         gangs = -(-blocks // max(1, GANG_WARPS * 32 // kernel.threads))
@@ -63,14 +66,14 @@ class Emulator:
             gang = self._gang(launch, kernel, len(ctas))
             gang.parameters[: len(parameters)] = parameters
             seed = None if self.seed is None else hash((self.seed, self.launches, first))
-            gang.start(launch.grid, ctas, memory, descriptors, seed)
+            gang.start(launch.grid, ctas, memory, descriptors, seed, getattr(metadata, "launch_pdl", False))
             found = gang.run()
             self.statistics.instructions += found.instructions
             self.statistics.notes += found.notes
 
     def _gang(self, launch: Launch, kernel: Kernel, ctas: int) -> Gang:
         """One that has run this kernel before keeps its bound instructions."""
-        key = launch.kernel.hash, ctas
+        key = id(kernel), ctas
         gang = self._gangs.pop(key, None) or Gang(kernel, ctas, launch.kernel.metadata.shared, launch.kernel.gluon)
         self._gangs[key] = gang
         if len(self._gangs) > KEPT_GANGS:
@@ -141,4 +144,27 @@ def emulate(arch: int, seed: int | None = None) -> Emulator:
     return emulator
 
 
-__all__ = ["Emulator", "emulate"]
+def run_ptx(
+    ptx: str,
+    arguments: Sequence[Tensor | int | float],
+    grid: tuple[int, int, int] = (1, 1, 1),
+    shared: int = 0,
+    seed: int | None = None,
+    strict: bool = True,
+) -> Statistics:
+    """Run PTX that no compiler made: tensors as pointers and numbers, in the order of the parameters.
+
+    Raises:
+        EmulationError: see `Gang.run`.
+    """
+    kernel = parse(ptx)
+    gang = Gang(kernel, prod(grid), shared, strict)
+    for place, value in zip(kernel.parameters, arguments, strict=True):
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        dtype = f"f{place.size}" if isinstance(number, float) else f"i{place.size}"
+        gang.parameters[place.offset : place.offset + place.size] = np.array([number], dtype).view(np.uint8)
+    gang.start(grid, range(prod(grid)), Memory([x for x in arguments if isinstance(x, Tensor)]), {}, seed)
+    return gang.run()
+
+
+__all__ = ["Emulator", "emulate", "run_ptx"]

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import accesses, arithmetic, asynchronous, bits, conversions, matrices, synchronisation, warps
 from .memory import Memory
-from .ptx import EmulationError, Immediate, Instruction, Kernel, Label, Operand, Register, Vector
+from .ptx import EmulationError, Instruction, Kernel, Label, Register
 from .registers import LANES, Mask, RegisterFile
 from .shared import Clocks, SharedMemory
 from .synchronisation import Synchroniser
@@ -211,8 +211,12 @@ class Gang(RegisterFile):
         memory: Memory,
         descriptors: dict[int, Any],
         seed: int | None,
+        dependent: bool = False,
     ) -> None:
-        """Make it these blocks (numbers in the grid, x fastest) of a launch; `parameters` are set by the caller."""
+        """Make it these blocks (numbers in the grid, x fastest) of a launch; `parameters` are set by the caller.
+
+        `dependent`: a programmatic dependent launch, which may start before the kernel in front of it has ended.
+        """
         numbers = np.asarray(ctas)
         x, y, z = numbers % grid[0], numbers // grid[0] % grid[1], numbers // (grid[0] * grid[1])
         for axis, value, extent in zip("xyz", (x, y, z), grid, strict=True):
@@ -227,7 +231,7 @@ class Gang(RegisterFile):
         self._reasons.clear()
         self.shared.reset()
         self.clocks.reset()
-        self.sync.reset()
+        self.sync.reset(dependent)
         self.pending.reset()
 
     def rows(self, m: Mask) -> np.ndarray:
@@ -241,6 +245,11 @@ class Gang(RegisterFile):
     @staticmethod
     def lanes_of(m: Mask, row: int) -> np.ndarray:
         return np.arange(LANES) if m is True else np.flatnonzero(m[row])
+
+    def blocks_of(self, rows: np.ndarray, i: Instruction) -> np.ndarray:
+        """Numbers of the blocks of warps that are about to touch global memory, and may."""
+        self.sync.check_predecessor(rows, i)
+        return self.cta_ids[rows]
 
     def need_whole_warps(self, m: Mask, i: Instruction) -> None:
         if m is not True:
@@ -365,22 +374,3 @@ def _is_end(i: Instruction) -> bool:
 
 def _trap(i: Instruction) -> int:
     raise EmulationError(f"trap: {i}")
-
-
-def constant(operand: Operand) -> int:
-    """The value of an immediate."""
-    if not isinstance(operand, Immediate):
-        raise EmulationError(f"operand {operand}: expected a constant")
-    return operand.bits
-
-
-def registers_of(operand: Operand) -> list[Register]:
-    """Those of a vector.
-
-    Raises:
-        EmulationError: if it holds anything else.
-    """
-    found = operand.elements if isinstance(operand, Vector) else (operand,)
-    if not all(isinstance(x, Register) for x in found):
-        raise EmulationError(f"operand {operand}: expected registers")
-    return list(found)  # type: ignore[arg-type]

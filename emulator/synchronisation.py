@@ -52,11 +52,33 @@ class Synchroniser:
         self.gang, self.clocks = gang, gang.clocks
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, dependent: bool = False) -> None:
+        warps = self.gang.warps
+        self._may_touch = np.full(warps, not dependent)  # global memory
+        self._waited_at = np.zeros(warps, np.int32)  # own clock at griddepcontrol.wait
         self._barriers: dict[tuple[int, int], _Barrier] = {}
         self.mbarriers: dict[tuple[int, int], Mbarrier] = {}
         self._slots: dict[tuple[int, int], int] = {}
         self._issued = 0
+
+    # the kernel in front of a dependent launch
+
+    def predecessor_ended(self, m: Mask) -> None:
+        """griddepcontrol.wait"""
+        rows = self.gang.rows(m)
+        self._may_touch[rows] = True
+        self._waited_at[rows] = self.clocks.known[rows, self.clocks.own[rows]]
+        self.clocks.tick(rows)
+
+    def check_predecessor(self, rows: np.ndarray, i: Instruction) -> None:
+        """Global memory may be touched after griddepcontrol.wait, one's own or that of a warp that a barrier joined."""
+        if self._may_touch.all():
+            return
+        for row in np.unique(rows[~self._may_touch[rows]]):
+            waited = self._waited_at[self.gang.cta_of_warp == self.gang.cta_of_warp[row]]
+            self._may_touch[row] = ((waited > 0) & (self.clocks.known[row, : len(waited)] >= waited)).any()
+            if not self._may_touch[row]:
+                raise EmulationError(f"global memory touched before griddepcontrol.wait: {i}")
 
     # barriers
 
@@ -283,4 +305,9 @@ def _fence(gang: Gang, i: Instruction) -> Callable[[Mask], None]:
     return lambda m: gang.clocks.fence(gang.rows(m))
 
 
-BUILDERS = {"mbarrier": _mbarrier, "fence": _fence}
+def _griddepcontrol(gang: Gang, i: Instruction) -> Callable[[Mask], None]:
+    """One kernel runs after the other here; `check_predecessor` checks that none relies on it."""
+    return gang.sync.predecessor_ended if "wait" in i.parts else lambda m: None
+
+
+BUILDERS = {"griddepcontrol": _griddepcontrol, "mbarrier": _mbarrier, "fence": _fence}
