@@ -317,6 +317,31 @@ def test_rejects_ranges_that_the_last_block_would_leave():
         gluon_module.launch_gluon(q, k, v, tuple(encode(((0, 4, ((1, 128),)),))), 0, 0.25, config)
 
 
+COMPILED = {
+    "dense": AttentionPlan.dense(130, 300),
+    "shorter than a block": AttentionPlan.dense(40, 37),
+    "gaps": AttentionPlan(150, 700, ((0, 20, ((3, 241), (260, 393), (400, 700))), (20, 150, ((7, 139),)))),
+    "phantom": AttentionPlan(40, 200, ((0, 40, ((0, 200),)),), 5),
+}
+
+
+@pytest.mark.emulated("sm_90")
+@pytest.mark.parametrize("split_cost", [None, 0], ids=["whole", "split"])
+@pytest.mark.parametrize("plan", COMPILED.values(), ids=COMPILED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", launch_configs.ATTENTION_GLUON, ids=lambda c: f"d{c.head_dim}")
+def test_compiled_kernel(config, dtype, plan, split_cost):
+    """Its own PTX: warp roles, TMA, mbarriers and wgmma, under the emulator's checks."""
+    lengths = (plan.num_queries, plan.num_keys, plan.num_keys)
+    q, k, v = (torch.randn(1, n, 2, config.head_dim).to(dtype) for n in lengths)
+    unseen = ~plan_mask(plan).any(dim=0)
+    k[:, unseen] = v[:, unseen] = torch.nan
+    config = replace(config, split_cost=split_cost)
+    flat = tuple(encode(plan.ranges))
+    out, lse = gluon_module.launch_gluon(q, k, v, flat, plan.phantom_keys, config.head_dim**-0.5, config)
+    assert_matches(plan, q, k, v, out, lse)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", launch_configs.ATTENTION_GLUON, ids=lambda c: f"d{c.head_dim}")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

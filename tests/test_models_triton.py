@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
 
 def make(model_class: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    model = model_class(**CONFIG, **kwargs).to(DEVICE).requires_grad_(False).eval()
+    model = model_class(**{**CONFIG, **kwargs}).to(DEVICE).requires_grad_(False).eval()
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -90,6 +90,37 @@ def test_far_rollout(phantom: bool) -> None:
 
     got, want = both(model, rollout)
     assert relative_error(got, want) < FP32_TOLERANCE
+
+
+@pytest.mark.emulated
+@torch.no_grad()
+def test_far_rollout_in_bf16() -> None:
+    """Chunks, the last ones behind compressed context, on compiled kernels: the interpreter truncates bf16."""
+    partition = [1, 2, 1, 1, 2]
+    sizes = {"attention_head_dim": 64, "ffn_dim": 96, "text_dim": 16, "freq_dim": 32, "full_chunk_limit": 2}
+    model = make(AnyFlowFARTransformer3DModel, **sizes)
+    for name, parameter in model.named_parameters():
+        if set(name.split(".")).isdisjoint(model.keep_in_fp32):
+            parameter.data = parameter.to(torch.bfloat16)
+    noise, text = torch.randn(1, 7, 4, 6, 8, device=DEVICE).bfloat16(), torch.randn(1, 5, 16, device=DEVICE).bfloat16()
+
+    def rollout(model: Any, video: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        cache = FarCache.for_model(model, partition, 6, 8)
+        video = video.clone()
+        for slab in (slab for pair in cache.slabs for slab in pair):
+            slab.fill_(torch.nan)
+        for i, frames in enumerate(partition):
+            start, end = sum(partition[:i]), sum(partition[: i + 1])
+            t, r = (torch.full((1, frames), time, device=DEVICE) for time in (900.0, 300.0))
+            velocity = model(video[:, start:end], t, r, text, partition[: i + 1], kv_cache=cache).sample
+            video[:, start:end] -= 0.6 * velocity
+            if i + 1 < len(partition):
+                model.prefill(cache, video[:, :end], partition[: i + 1], text)
+        return video
+
+    got, low = both(model, lambda model: rollout(model, noise, text))
+    high = rollout(model.double(), noise.double(), text.double())
+    check("video", got, low, high)
 
 
 def test_far_gradients() -> None:
