@@ -13,7 +13,7 @@ EXTRAS := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard emulator tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test check format cuda-check aot-check versions docs clean FORCE
+.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions docs clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -29,6 +29,15 @@ browser-test: $(STAMP)
 	@command -v chromium > /dev/null || { echo "browser-test needs chromium (Debian: apt install chromium)" >&2; exit 1; }
 	$(PIP) playwright
 	$(PY) -m pytest --run-slow -k browser tests/test_serve_command.py $(PYTEST_ARGS)
+
+# Triton kernels as the PTX of a GPU that is not here (emulator/README.md): all of their tests on every target, or a few.
+EMULATED := $(wildcard tests/test_*_triton.py) tests/test_far_attention_gluon.py
+emulate: $(STAMP)
+	for target in sm_80 sm_89 sm_90; do $(PY) -m pytest -n auto --emulate $$target $(EMULATED) $(PYTEST_ARGS) || exit 1; done
+
+QUICK := rollout_in_bf16
+emulate-quick: $(STAMP)
+	$(PY) -m pytest -n auto --emulate sm_90 -k "$(QUICK)" $(EMULATED) $(PYTEST_ARGS)
 
 check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)
