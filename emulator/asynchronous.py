@@ -231,10 +231,10 @@ def _tensor_copy(gang: Gang, i: Instruction) -> Run:
             at = int(place(np.array([lane]))[0])
             first = [int(c[row, column]) for c in coordinates]
             tensor_map, box_ = _box(gang.descriptors[where], first, at)
-            position = gang.shared.bytes_at(
-                np.full(len(box_.shared), row), box_.shared, tensor_map.element_size, i
-            )  # fmt: skip
-            words = np.unique(gang.shared.words(position, tensor_map.element_size))[None, :]
+            # Swizzling moves elements inside the box's bytes.
+            ends = np.array([at, at + tensor_map.bytes - 1])
+            start, last = gang.shared.bytes_at(np.array([row, row]), ends, 1, i) // gang.shared.granule
+            words = slice(int(start), int(last) + 1)
             if completes is not None:
                 barrier = gang.sync.find_for_copy(row, int(completes(np.array([lane]))[0]), i)
                 _issue_load(gang, row, barrier, tensor_map, box_, words, i)
@@ -245,16 +245,15 @@ def _tensor_copy(gang: Gang, i: Instruction) -> Run:
 
 
 def _issue_load(
-    gang: Gang, row: int, barrier: Mbarrier, tensor_map: TensorMap, box_: Box, words: np.ndarray, i: Instruction
+    gang: Gang, row: int, barrier: Mbarrier, tensor_map: TensorMap, box_: Box, words: slice, i: Instruction
 ) -> None:
-    gang.shared.check_write(np.array([row]), words, i)
     clock = gang.sync.issue()
-    gang.shared.mark_write(words, np.array([barrier.slot]), np.array([clock]), i)
+    gang.shared.claim(row, words, barrier.slot, clock, i)
     gang.pending.copies.append(Copy(row, barrier, tensor_map, box_, clock, i))
 
 
-def _issue_store(gang: Gang, row: int, tensor_map: TensorMap, box_: Box, words: np.ndarray, i: Instruction) -> None:
-    rows = np.array([row])
+def _issue_store(gang: Gang, row: int, tensor_map: TensorMap, box_: Box, span: slice, i: Instruction) -> None:
+    rows, words = np.array([row]), np.arange(span.start, span.stop)[None, :]
     gang.shared.check_read(rows, gang.clocks.known[rows], words, i)
     gang.shared.check_fenced(gang.clocks.fenced[rows], words, i)
     clock = gang.pending.bulk_stores.committed[rows] + 1

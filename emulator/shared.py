@@ -118,6 +118,17 @@ class SharedMemory:
             actor = int(np.argwhere(early)[0][0])
             self._race("write after read", row, words, early[actor], np.full_like(writer, actor), i)
 
+    def claim(self, row: int, words: slice, actor: int, clock: int, i: Instruction) -> None:
+        """`check_write` and `mark_write` of a whole range, on behalf of `actor`."""
+        known = self.clocks.known[row]
+        readers = self.clocks.readers
+        late = known[self.writer[words]] < self.write_clock[words]
+        early = self.read_clock[:, words] > known[:readers, None]
+        if late.any() or early.any():  # again, slowly, for the message
+            every = np.arange(words.start, words.stop)[None, :]
+            self.check_write(np.array([row]), every, i)
+        self.writer[words], self.write_clock[words], self.written_by[words] = actor, clock, i.number
+
     def mark_write(self, words: np.ndarray, actor: np.ndarray, clock: np.ndarray, i: Instruction) -> None:
         self.writer[words] = actor[:, None]
         self.write_clock[words] = clock[:, None]
