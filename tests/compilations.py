@@ -10,9 +10,9 @@ import json
 from typing import Any
 
 import torch
-from emulator.driver import Driver
 
 from anyflow_kernels.launch_configs import emulate
+from emulator.driver import Driver
 
 # Of 24 tokens a frame 1 and 3 frames are no multiple of 16 tokens and 2 are: as with the 1560 of the released models.
 HEIGHT, WIDTH = 8, 12

@@ -17,7 +17,7 @@ settle_threads()  # before torch is loaded
 
 import torch  # noqa: E402
 
-from emulator import plugin
+from emulator import plugin  # noqa: E402
 
 # A table that `anyflow tune` left on this machine must not decide what the tests launch.
 os.environ["ANYFLOW_TUNING"] = ""
