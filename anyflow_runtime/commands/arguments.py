@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..threads import suit_threads
@@ -28,7 +29,67 @@ def machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     machine.add_argument("--dtype", type=dtype_name, help="bf16, fp16 or fp32; default: bf16 on a GPU, fp32 on a CPU")
     machine.add_argument("--backend", choices=BACKENDS, default="auto", help="see anyflow info; default auto")
     machine.add_argument("--compile", action="store_true", help="compile the transformer blocks (torch.compile)")
+    machine.add_argument(
+        "--offload",
+        nargs="?",
+        const="model",
+        choices=("model", "group"),
+        help="keep on the GPU only the models that are running; group: of the transformer only the blocks",
+    )
+    machine.add_argument(
+        "--vae-tiling",
+        nargs="?",
+        type=whole_number(64),
+        const=256,
+        metavar="N",
+        help="decode larger frames in tiles of N pixels; default of N 256",
+    )
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_file,
+        metavar="FILE[=WEIGHT]",
+        help="a LoRA: a file, a directory or a hub id; several times for several; weight 1 by default",
+    )
+    adapters.add_argument("--fuse-lora", action="store_true", help="add them to the weights: as fast as without")
     return machine
+
+
+def lora_file(text: str) -> tuple[str, float]:
+    """`FILE[=WEIGHT]`: where an adapter lies, and its weight."""
+    path, separator, weight = text.rpartition("=")
+    if not separator:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected FILE or FILE=WEIGHT with a number") from None
+
+
+def model_options(args: argparse.Namespace, model: ModelDirectory, device: torch.device) -> dict[str, Any]:
+    """The keywords of `open_model` that stand for the options of `machine_arguments` about the model.
+
+    Raises:
+        UsageError: for options that do not fit the machine, the model or each other.
+    """
+    if args.offload and device.type != "cuda":
+        raise UsageError(f"--offload: got with --device {device}, expected a GPU to offload from")
+    if args.vae_tiling and model.pixels is not None:
+        raise UsageError(f"--vae-tiling: got with {args.model}, which has no VAE")
+    if args.fuse_lora and not args.lora:
+        raise UsageError("--fuse-lora: got without --lora, expected an adapter to fuse")
+    names = [Path(path).stem for path, _ in args.lora]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--lora: got {', '.join(names)}, expected files of different names: they name the adapters")
+    return {
+        "offload": args.offload or False,
+        "vae_tile_size": args.vae_tiling,
+        "lora": {name: path for name, (path, _) in zip(names, args.lora, strict=True)},
+        "lora_weights": {name: weight for name, (_, weight) in zip(names, args.lora, strict=True)},
+        "fuse_lora": args.fuse_lora,
+    }
 
 
 def whole_number(minimum: int, maximum: int = 2**63 - 1) -> type:
@@ -135,5 +196,5 @@ def _as_option(function: Callable[..., T], *arguments: Any, **keywords: Any) -> 
     try:
         return function(*arguments, **keywords)
     except (OSError, ValueError) as error:
-        named = str(error).startswith("model: ")
+        named = str(error).startswith(("model: ", "lora: "))
         raise UsageError(f"--{error}" if named else f"--model: {error}") from error

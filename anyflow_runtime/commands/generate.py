@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     machine = machine_arguments(parser)
-    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the models that are running")
     machine.add_argument(
         "--context-parallel",
         choices=("auto", "ulysses", "ring"),

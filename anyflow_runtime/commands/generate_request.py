@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,7 @@ from ..causal_time import context_lengths, partition_for, total_latent_frames, t
 from ..streaming.model_directory import ModelDirectory
 from ..video_io import read_image, read_video
 from . import UsageError
-from .arguments import model_directory, resolve_device, resolve_dtype
+from .arguments import model_directory, model_options, resolve_device, resolve_dtype
 
 OUTPUTS = (".mp4", ".gif", ".png")
 _DEFAULT_FRAMES = 81
@@ -55,7 +56,7 @@ class GenerateRequest:
     device: torch.device
     backend: str
     match_diffusers_padding: bool
-    offload: bool
+    options: dict[str, Any]
     compile: bool
     out: Path
     fps: int
@@ -82,8 +83,6 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
     """
     device = resolve_device(args.device)
     load_ops(args.backend)  # raises, with the reason, if it cannot run here
-    if args.offload and device.type != "cuda":
-        raise UsageError(f"--offload: got with --device {device}, expected a GPU to offload from")
     out = Path(args.out)
     if out.suffix.lower() not in OUTPUTS:
         raise UsageError(f"--out: got {args.out!r}, expected a name that ends in {', '.join(OUTPUTS)}")
@@ -115,7 +114,7 @@ def check_request(args: argparse.Namespace) -> GenerateRequest:
         device=device,
         backend=args.backend,
         match_diffusers_padding=args.match_diffusers_padding,
-        offload=args.offload,
+        options=model_options(args, model, device),
         compile=args.compile,
         out=out,
         fps=args.fps or model.default_fps,

@@ -24,7 +24,7 @@ from .clock import Clock
 from .generate_processes import Processes
 from .generate_request import GenerateRequest
 
-OPTIONS = ("device", "dtype", "backend", "steps", "offload", "compile", "match_diffusers_padding", "check_finite")
+OPTIONS = ("device", "dtype", "backend", "steps", "compile", "match_diffusers_padding", "check_finite")
 
 
 class GeneratedVideo:
@@ -54,6 +54,7 @@ class GeneratedVideo:
                 text=request.prompt is not None,
                 decode=self._together.first,
                 **{name: getattr(request, name) for name in OPTIONS},
+                **request.options,
             )
             if self._together.mesh is not None:
                 context_parallel(pipeline.diffusion_model.transformer.model, self._together.mesh, self._together.mode)
@@ -188,6 +189,7 @@ class GeneratedVideo:
             "dtype": str(request.dtype).removeprefix("torch."),
             "device": str(request.device),
             "backend": load_ops(request.backend).backend,
+            "lora": request.options["lora_weights"],
             "processes": self._together.count,
             "overlap": request.overlap,
             "torch": torch.__version__,

@@ -19,6 +19,7 @@ from .arguments import (
     guidance_scale,
     machine_arguments,
     model_directory,
+    model_options,
     open_pipeline,
     resolve_device,
     resolve_dtype,
@@ -128,6 +129,7 @@ def build_app(args: argparse.Namespace, limits: Limits, model: Any, device: Any,
         backend=args.backend,
         steps=args.steps,
         compile=args.compile,
+        **model_options(args, model, device),
     )
     videos = VideoStore()
     engine = StreamEngine(pipeline, videos, limits, model.default_zoom)

@@ -121,7 +121,10 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
+        """That of the work: of the weights, or where diffusers' group offloading brings them."""
+        registry = vars(self).get("_diffusers_hook")
+        group = None if registry is None else registry.get_hook("group_offloading")
+        return self.patch_embedding.weight.device if group is None else group.config.onload_device
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in backward instead of keeping its activations."""

@@ -196,6 +196,10 @@ class FarCache:
         self._prompts = [PromptKeys(embedder, text, image), *self._prompts[:1]]
         return self._prompts[0]
 
+    def forget(self) -> None:
+        """Count nothing as known that the model's weights made: they have changed."""
+        self.context, self.times, self._prompts = None, {}, []
+
     def reusable_chunks(self, new: Context) -> int:
         """Leading chunks of `new` whose keys in the slabs are those an encoding from scratch would give."""
         old = self.context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from anyflow_kernels import load_ops
 from ..acceleration import accelerate
 from ..config import derive_config
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
+from ..hub import model_files
 from ..models import AnyFlowFARTransformer3DModel
 from ..models.base import AnyFlowModel
+from ..models.loading import read_config
+from ..optional import optional
 from ..schedulers.flow_map_stream import FlowMapEulerSchedulerConfig
 from ..wan_vae import WanVAEEncoder, WanVAEEncoderConfig, WanVAEStreamDecoder, WanVAEStreamDecoderConfig
 from ..wan_vae.weights import wan_vae
+from .adapters import diffusers_transformer, load_lora
 from .bidirectional_stream import AnyFlowBidirectionalStreamConfig
 from .diffusion_model import DiffusionModelConfig
 from .far_stream import AnyFlowFARStreamConfig
@@ -37,10 +42,14 @@ def open_model(
     steps: int = 4,
     text: bool = True,
     decode: bool = True,
-    offload: bool = False,
+    offload: bool | str = False,
     compile: bool | dict[str, Any] = False,
     match_diffusers_padding: bool | None = None,
     check_finite: bool = False,
+    lora: Mapping[str, str | os.PathLike[str]] | None = None,
+    lora_weights: Mapping[str, float] | None = None,
+    fuse_lora: bool = False,
+    vae_tile_size: int | None = None,
 ) -> StreamInferencePipeline:
     """A pipeline that `stream` makes videos with.
 
@@ -57,11 +66,17 @@ def open_model(
         steps: denoising steps per chunk, where `stream` is not told another number.
         text: False leaves the text encoder out: prompts are embeddings then.
         decode: False leaves the decoder out: `stream` gives latents then.
-        offload: keep on the device only the models that are running.
+        offload: True, or "model", keeps on the device only the models that are running; "group" brings the blocks of
+            the transformer there one after the other, on CUDA each while the one before it runs: the least memory.
         compile: compile the transformer's blocks; True, or keywords of `torch.compile`.
         match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference lets into every softmax; None
             is False, or as a transformer of ours has it.
         check_finite: stop at the first weight, embedding, latent or frame that is NaN or infinite; slower.
+        lora: adapters to load, by a name of your own: a file, a directory or a hub id each. The transformer is then
+            diffusers' class, accelerated; `Change(lora=...)` sets their weights between chunks.
+        lora_weights: of the adapters by name; None: 1 each.
+        fuse_lora: add the adapters to the weights, once and for all.
+        vae_tile_size: side in pixels of the tiles that the VAE takes larger frames in; None takes them whole.
 
     Raises:
         FileNotFoundError: without such a directory, or one of its parts.
@@ -74,24 +89,33 @@ def open_model(
     if where is not None and where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {device}, expected cpu: torch {torch.__version__} sees no GPU here")
     options = (match_diffusers_padding, compile, backend)
+    if offload not in (False, True, "model", "group"):
+        raise ValueError(f"offload: got {offload!r}, expected False, True, 'model' or 'group'")
     if not isinstance(source, (str, os.PathLike, ModelDirectory)):
-        if offload:
-            raise ValueError("offload: got True with a loaded source, expected False: its own offloading is kept")
+        if offload or lora or vae_tile_size:
+            name = "offload" if offload else "lora" if lora else "vae_tile_size"
+            raise ValueError(f"{name}: got it with a loaded source, expected it to be set on that: it is kept")
         return _around(source, where, dtype, steps, text, decode, check_finite, *options)
     where = where or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     config = pipeline_config(source, steps, dtype, text, decode)
     config = derive_config(config, diffusion_model={"check_finite": check_finite})
+    if vae_tile_size is not None:
+        config = _tiled(config, vae_tile_size)
     stream: Any = config.diffusion_model.transformer
     _check_padding(match_diffusers_padding, isinstance(stream, AnyFlowFARStreamConfig))
     try:
-        pipeline = _loaded(config, where, dtype, offload)
+        pipeline = _loaded(config, where, dtype, offload, bool(lora))
     except (torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:  # whatever a library makes of a damaged file
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"model: {stream.path} does not load: {type(error).__name__}: {error}") from error
-    accelerated(pipeline.diffusion_model.transformer.model, *options)
+    model = accelerated(pipeline.diffusion_model.transformer.model, *options)
+    if lora:
+        load_lora(model, lora, lora_weights, fuse_lora)
+    if offload == "group":
+        _offload_blocks(model, where)
     return pipeline
 
 
@@ -138,19 +162,42 @@ def accelerated(
     return model
 
 
+def _tiled(config: StreamInferencePipelineConfig, size: int) -> StreamInferencePipelineConfig:
+    if not isinstance(config.decoder, WanVAEStreamDecoderConfig):
+        raise ValueError(f"vae_tile_size: got {size} for a model without a VAE, expected None")
+    tiles = {"tile_size": size, "tile_stride": size * 3 // 4}
+    return derive_config(config, decoder=tiles, video_encoder=tiles)
+
+
+def _offload_blocks(model: Any, device: torch.device) -> None:
+    """The blocks come to the device one by one, the rest of the transformer for each of its calls."""
+    hooks = optional("diffusers.hooks", "offloading by groups", "diffusers")
+    hooks.apply_group_offloading(
+        model, device, offload_type="block_level", num_blocks_per_group=1, use_stream=device.type == "cuda"
+    )
+
+
 def _loaded(
-    config: StreamInferencePipelineConfig, device: torch.device, dtype: torch.dtype, offload: bool
+    config: StreamInferencePipelineConfig, device: torch.device, dtype: torch.dtype, offload: bool | str, lora: bool
 ) -> StreamInferencePipeline:
     place = torch.device("cpu") if offload else device
     stream: Any = config.diffusion_model.transformer
-    transformer = derive_config(stream, context_encoder=None).setup(device=place)
+    bare = derive_config(stream, context_encoder=None)
+    quantised = "quantization_config" in read_config(model_files(stream.path) / stream.subfolder)
+    if lora or quantised:
+        causal = isinstance(stream, AnyFlowFARStreamConfig)
+        model = diffusers_transformer(stream.path, causal, stream.dtype)
+        transformer = derive_config(bare, path=None, dtype=None).setup(model=model if quantised else model.to(place))
+    else:
+        transformer = bare.setup(device=place)
     transformer.config = stream
     encoder = None if stream.context_encoder is None else stream.context_encoder.setup().to(place)
     if encoder is not None and not hasattr(encoder.config, "dtype"):
         encoder.to(dtype)
     decoder, video_encoder = _codec(config, place)
     if offload:
-        transformer.turns = Turns(device, [transformer.model, *([] if decoder is None else [decoder])])
+        streamed = [] if offload == "group" else [transformer.model]
+        transformer.turns = Turns(device, [*streamed, *([] if decoder is None else [decoder])])
         encoder = None if encoder is None else OnTurn(encoder, transformer.turns)
     transformer.context_encoder = encoder
     parts = {"transformer": transformer, "decoder": decoder, "video_encoder": video_encoder}

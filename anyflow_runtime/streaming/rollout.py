@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
@@ -16,6 +16,7 @@ from anyflow_kernels.launch_tables import to_device
 
 from ..errors import check_finite
 from .adapter import Condition, check_condition
+from .adapters import check_lora, set_lora
 from .async_decoder import AsyncDecoder, PendingFrames, decode_behind
 from .pipeline import StreamInferencePipeline, StreamInferencePipelineCache, stage
 
@@ -31,12 +32,14 @@ class Change:
         negative_prompt: likewise, with guidance.
         guidance_scale: above 1, and only in a rollout that began with guidance.
         steps: denoising steps per chunk.
+        lora: weights of the model's adapters by name; those that are not named are off. See `open_model`.
     """
 
     prompt: Prompt | None = None
     negative_prompt: Prompt | None = None
     guidance_scale: float | None = None
     steps: int | None = None
+    lora: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Prepared(NamedTuple):
     settings: Settings
     steps: int | None
     condition: Condition | None
+    lora: Mapping[str, float] | None = None
 
 
 class Video(Generator[Tensor, Any, None]):
@@ -179,6 +183,8 @@ class Rollout:
         change = change or Change()
         if change.steps is not None:
             self.pipeline.diffusion_model.scheduler_for(change.steps)
+        if change.lora is not None:
+            check_lora(self.transformer.model, change.lora)
         before = self.settings
         asked = self.prompt_at(index) if change.prompt is None and self.prompt_at is not None else change.prompt
         wanted = (asked, change.negative_prompt, change.guidance_scale)
@@ -193,11 +199,14 @@ class Rollout:
             condition = replace(cache.condition, guidance_scale=scale)
         if condition is not None:
             check_condition(cache.condition, condition)
-        return Prepared(after, change.steps or self.steps, condition)
+        return Prepared(after, change.steps or self.steps, condition, change.lora)
 
     def adopt(self, prepared: Prepared, cache: Any) -> None:
         """Go on under a change that has been prepared."""
         self.settings, self.steps = prepared.settings, prepared.steps
+        if prepared.lora is not None:
+            set_lora(self.transformer.model, prepared.lora)
+            cache.far.forget()  # the context is encoded anew with these weights
         if prepared.condition is not None:
             self.transformer.change_condition(cache, prepared.condition)
 
