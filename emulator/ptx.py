@@ -131,7 +131,7 @@ _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 class _Parser:
     def __init__(self, text: str) -> None:
         self.kernel = Kernel()
-        self.scopes: list[tuple[str, dict[str, str]]] = []  # (suffix of names, kinds of registers by name or prefix)
+        self.scopes: list[tuple[str, dict[str, str]]] = []  # (suffix of names, kinds of registers by name, or `name<`)
         self.opened = 0
         self.known: dict[str, Operand] = {}
         self.line = ""
@@ -243,15 +243,16 @@ class _Parser:
         width = "pred" if kind[1] == "pred" else "b" + kind[1].lstrip("bufs")
         for name in kind[2].split(","):
             name = name.strip()
-            self.scopes[-1][1][name.partition("<")[0]] = width
+            stem, numbered, _ = name.partition("<")  # Triton declares both `a` and `a<2>` in one scope
+            self.scopes[-1][1][stem + numbered] = width
 
     def _register(self, name: str, negated: bool = False) -> Register | None:
         for suffix, kinds in reversed(self.scopes):
             if name in kinds:
                 return Register(name + suffix, kinds[name], negated)
-            prefix = name.rstrip("0123456789")
-            if prefix != name and prefix in kinds:
-                return Register(name + suffix, kinds[prefix], negated)
+            numbered = name.rstrip("0123456789") + "<"
+            if numbered in kinds:
+                return Register(name + suffix, kinds[numbered], negated)
         return None
 
     def _operand(self, text: str, opcode: str) -> Operand:
