@@ -89,10 +89,19 @@ def _stmatrix(gang: Gang, i: Instruction) -> Run:
     return run
 
 
+def _block_scales(gang: Gang, i: Instruction, k: int, is_b: bool) -> Callable[[slice | np.ndarray], np.ndarray]:
+    """Of the warps chosen; operand k holds the scales, the next one which of their bytes and lanes count."""
+    register = np.broadcast_to(gang.source(i.operands[k], "b32"), (gang.warps, LANES))
+    byte, lane = (x.bits for x in elements(i.operands[k + 1]) if isinstance(x, Immediate))
+    return lambda chosen: tensor_cores.block_scales(register[chosen], byte, lane, is_b)
+
+
 def _mma(gang: Gang, i: Instruction) -> Run:
-    """mma.sync.aligned.shape.row.col{.satfinite}.d.a.b.c"""
-    d_fmt, a_fmt, b_fmt, _ = i.parts[-4:]
-    if "sp" in i.parts or "block_scale" in i.parts or "row" not in i.parts or "col" not in i.parts:
+    """mma.sync.aligned.shape.row.col{.satfinite}.d.a.b.c; sm_120: .kind.block_scale.scale_vec::1X.d.a.b.c.ue8m0"""
+    scaled = "block_scale" in i.parts
+    d_fmt, a_fmt, b_fmt, _ = i.parts[-5:-1] if scaled else i.parts[-4:]
+    unknown_scale = scaled and not {"scale_vec::1X", "ue8m0"} <= set(i.parts)
+    if "sp" in i.parts or unknown_scale or "row" not in i.parts or "col" not in i.parts:
         raise EmulationError(f"no instruction {i.opcode}: {i}")
     kind = "b64" if d_fmt == "f64" else "b32"
     shape = (gang.warps, LANES)
@@ -100,12 +109,14 @@ def _mma(gang: Gang, i: Instruction) -> Run:
     d = [gang.target(x, kind) for x in elements(i.operands[0])]
     rows = 8 if i.parts[3].startswith("m8") else 16
     saturate = "satfinite" in i.parts
+    of_a, of_b = (_block_scales(gang, i, k, is_b) for k, is_b in ((4, False), (6, True))) if scaled else (None, None)
 
     def run(m: Mask) -> None:
         gang.need_whole_warps(m, i)
         chosen = slice(None) if m is True else gang.rows(m)
+        scales = (of_a(chosen), of_b(chosen)) if of_a and of_b else None
         x, y, z = ([r[chosen] for r in fragment] for fragment in (a, b, c))
-        found = tensor_cores.mma_sync(x, y, z, a_fmt, b_fmt, d_fmt, saturate=saturate, rows=rows)
+        found = tensor_cores.mma_sync(x, y, z, a_fmt, b_fmt, d_fmt, saturate=saturate, scales=scales, rows=rows)
         for array, value in zip(d, found, strict=True):
             array[chosen] = value.view(array.dtype)
 
