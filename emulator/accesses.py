@@ -139,7 +139,8 @@ def _atom(gang: Gang, i: Instruction) -> Run:
     returns = i.parts[0] == "atom"
     kind = i.parts[-1]
     what = next((p for p in i.parts if p in (*_ATOMICS, "cas")), None)
-    if what is None or space(i) != "global" or kind not in DTYPES or kind in ("f16x2", "bf16x2", "bf16"):
+    where = space(i)
+    if what is None or where not in ("global", "shared") or kind not in DTYPES or kind in ("f16x2", "bf16x2", "bf16"):
         raise EmulationError(f"no instruction {i.opcode}: {i}")
     rest = i.operands[1:] if returns else i.operands
     at = addresses(gang, rest[0])
@@ -149,7 +150,11 @@ def _atom(gang: Gang, i: Instruction) -> Run:
     def run(m: Mask) -> None:
         lanes = gang.lanes(m)
         numbers = np.arange(gang.warps * LANES)[lanes]
-        plane, index = gang.memory.atomic(at(lanes), width(kind), gang.blocks_of(gang.lane_row[lanes], i), i)
+        row = gang.lane_row[lanes]
+        if where == "global":
+            plane, index = gang.memory.atomic(at(lanes), width(kind), gang.blocks_of(row, i), i)
+        else:
+            plane, index = gang.shared.atomic(row, at(lanes), width(kind), i)
         memory = plane.view(out.dtype)
         given = [x.reshape(-1)[lanes] for x in inputs]
         for k, position in enumerate(index):

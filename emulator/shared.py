@@ -74,6 +74,7 @@ class SharedMemory:
         self.writer = np.zeros(words, np.int64)
         self.write_clock = np.zeros(words, np.int32)
         self.written_by = np.zeros(words, np.int32)  # instruction
+        self.atomics = np.array([i.parts[0] in ("atom", "red") for i in file.kernel.instructions], np.bool_)
         self.read_clock = np.zeros((clocks.readers, words), np.int32)
 
     def reset(self) -> None:
@@ -172,6 +173,18 @@ class SharedMemory:
             raise EmulationError(
                 f"race in shared memory: lanes store different values at {int(at[lost][0])} in one instruction: {i}"
             )
+
+    def atomic(self, row: np.ndarray, at: np.ndarray, size: int, i: Instruction) -> tuple[np.ndarray, np.ndarray]:
+        """(memory, indices) of what atomics may change. They need no order among themselves; of several, a later access
+        is compared with the last.
+        """
+        position = self.bytes_at(row, at, size, i)
+        words, own = self.words(position, size), self.clocks.own[row]
+        by_atomic = self.atomics[self.written_by[words]] & (self.write_clock[words] > 0)
+        ordinary = ~by_atomic.all(axis=1)
+        self.check_write(row[ordinary], words[ordinary], i)
+        self.mark_write(words, own, self.clocks.known[row, own], i)
+        return self.planes[size], position >> (size.bit_length() - 1)
 
     def check_fenced(self, fenced: np.ndarray, words: np.ndarray, i: Instruction) -> bool:
         """Before the async proxy reads words [n, k] for warps that know of fences [n, actors]: what warps stored must
