@@ -100,10 +100,15 @@ def _unpack(launch: Launch, kernel: Kernel) -> tuple[list[Tensor], dict[int, Ten
     for kind, value in launch.arguments:
         if kind.startswith("tensordesc"):
             metadata = next(formats, None)
-            if metadata is None:
-                raise EmulationError(f"{launch.kernel.name}: a descriptor that the kernel does not take as one")
-            descriptors[next(places).offset] = _tensor_map(value, metadata)
             views.append(value.base)
+            if metadata is None:  # before sm_90: pointer, shape, strides, flags, and shape and strides once more
+                flags = [value.padding == "nan"]
+                if hasattr(value, "round_f32_to_tf32"):  # of Triton 3.7
+                    flags.append(value.round_f32_to_tf32)
+                for number in (value.base.data_ptr(), *value.shape, *value.strides, *flags):
+                    put(number)
+            else:
+                descriptors[next(places).offset] = _tensor_map(value, metadata)
             for number in (*value.shape, *value.strides):
                 put(number)
         elif isinstance(value, Tensor):
