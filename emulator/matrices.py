@@ -167,6 +167,20 @@ def adopt_accumulators(gang: Gang) -> dict[tuple[str, ...], Accumulator]:
     return found
 
 
+class _Products(Groups):
+    """wgmma in flight. `ordered` warps have run wgmma.fence since they last waited: the first product after a wait
+    needs it, for registers may have been touched in between.
+    """
+
+    def __init__(self, warps: int) -> None:
+        super().__init__(warps, _finish_products)
+        self.ordered = np.zeros(warps, np.bool_)
+
+    def reset(self) -> None:
+        super().reset()
+        self.ordered[:] = False
+
+
 class _Product:
     """One wgmma instruction.
 
@@ -208,7 +222,9 @@ class _Product:
             )
         leaders = rows[::4]
         groups = gang.pending.products
-        assert groups is not None
+        assert isinstance(groups, _Products)
+        if not groups.ordered[rows].all():
+            raise EmulationError(f"{i.opcode} without wgmma.fence since the last wait: {i}")
         self._check(leaders, self.b_descriptor[leaders, 0], self.columns, self.b_mn)
         if self.a_descriptor is not None:
             self._check(leaders, self.a_descriptor[leaders, 0], 64, self.a_mn)
@@ -290,13 +306,19 @@ def _finish_products(item: dict[str, np.ndarray]) -> None:
 
 def _wgmma(gang: Gang, i: Instruction) -> Run:
     if gang.pending.products is None:
-        gang.pending.products = Groups(gang.warps, _finish_products)
+        gang.pending.products = _Products(gang.warps)
     groups = gang.pending.products
+    assert isinstance(groups, _Products)
     what = i.parts[1]
     if what == "mma_async":
         return _Product(gang, i).issue
+
+    def fence(m: Mask) -> None:
+        gang.need_whole_warps(m, i)
+        groups.ordered[gang.rows(m)] = True
+
     if what == "fence":
-        return lambda m: gang.need_whole_warps(m, i)
+        return fence
 
     def commit(m: Mask) -> None:
         groups.committed[gang.rows(m)] += 1
@@ -310,6 +332,7 @@ def _wgmma(gang: Gang, i: Instruction) -> Run:
     def wait(m: Mask) -> None:
         rows = gang.rows(m)
         groups.wait(rows, left)
+        groups.ordered[rows] = False
         actor = gang.clocks.tensor + gang.warp_in_cta[rows] // 4
         known = gang.clocks.known
         known[rows, actor] = np.maximum(known[rows, actor], groups.committed[rows] - left)
