@@ -31,7 +31,8 @@ browser-test: $(STAMP)
 	$(PY) -m pytest --run-slow -k browser tests/test_serve_command.py $(PYTEST_ARGS)
 
 # Triton kernels as the PTX of a GPU that is not here (emulator/README.md): all of their tests on every target, or a few.
-EMULATED := $(wildcard tests/test_*_triton.py) tests/test_far_attention_gluon.py
+EMULATED := $(wildcard tests/test_*_triton.py) tests/test_far_attention_gluon.py \
+  tests/test_emulator_faults.py tests/test_emulator_coverage.py
 emulate: $(STAMP)
 	for target in sm_80 sm_89 sm_90; do $(PY) -m pytest -n auto --emulate $$target $(EMULATED) $(PYTEST_ARGS) || exit 1; done
 
