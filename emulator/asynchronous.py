@@ -45,6 +45,10 @@ class Groups:
         """Finish all but the latest `pending` groups of these warps."""
         limit = np.full(len(self.committed), -1)
         limit[rows] = self.committed[rows] - pending
+        self.finish_before(limit)
+
+    def finish_before(self, limit: np.ndarray) -> None:
+        """Finish the groups below `limit` [warps]."""
         left = []
         for item in self.items:
             due = item["group"] < limit[item["row"]]

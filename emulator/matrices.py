@@ -168,17 +168,27 @@ def adopt_accumulators(gang: Gang) -> dict[tuple[str, ...], Accumulator]:
 
 
 class _Products(Groups):
-    """wgmma in flight. `ordered` warps have run wgmma.fence since they last waited: the first product after a wait
-    needs it, for registers may have been touched in between.
+    """wgmma in flight, of whole warpgroups. `ordered` warps have run wgmma.fence since they last waited: the first
+    product after a wait needs it, for registers may have been touched in between.
     """
 
-    def __init__(self, warps: int) -> None:
-        super().__init__(warps, _finish_products)
-        self.ordered = np.zeros(warps, np.bool_)
+    def __init__(self, gang: Gang) -> None:
+        super().__init__(gang.warps, _finish_products)
+        self.ordered = np.zeros(gang.warps, np.bool_)
+        self.leader = np.arange(gang.warps) - gang.warp_in_cta % 4
 
     def reset(self) -> None:
         super().reset()
         self.ordered[:] = False
+
+    def wait(self, rows: np.ndarray, pending: int) -> None:
+        """A group is its warpgroup's: complete for all four warps when the first has waited. FlashAttention-3 releases
+        its buffers so, by one warp and without a barrier.
+        """
+        self.ordered[rows] = False
+        limit = np.full(len(self.committed), -1)
+        np.maximum.at(limit, self.leader[rows], self.committed[rows] - pending)
+        self.finish_before(limit[self.leader])
 
 
 class _Product:
@@ -271,22 +281,17 @@ class _Product:
         return gang.shared.planes[self.itemsize][position // self.itemsize]
 
     def finish(self, rows: np.ndarray, a: np.ndarray, b: np.ndarray, use: np.ndarray) -> None:
-        """Rows are whole warpgroups, or a part of one."""
-        gang = self.gang
-        whole = self._whole(rows)
-        each = 4 if whole else 1
-        lead = rows[::each]
-        y = self._from_shared(lead, b[::each], self.columns, self.b_mn)[:, None]
+        """Rows are whole warpgroups."""
+        lead = rows[::4]
+        y = self._from_shared(lead, b[::4], self.columns, self.b_mn)[:, None]
         if self.from_registers:
             x = tensor_cores.operand([r[rows] for r in self.a], self.a_fmt)
         else:
-            x = self._from_shared(lead, a[::each], 64, self.a_mn)
-            x = x.reshape(len(lead), 4, 16, -1)
-            x = x if whole else x[np.arange(len(lead)), gang.warp_in_cta[rows] % 4]
-        x = x.reshape(len(lead), each, 16, -1)
+            x = self._from_shared(lead, a[::4], 64, self.a_mn)
+        x = x.reshape(len(lead), 4, 16, -1)
         if not (use == use[0]).all():
             raise EmulationError(f"{self.i.opcode}: warps disagree on scale-d: {self.i}")
-        old = list(self.accumulator.live[:, rows].reshape(-1, len(lead), each, LANES)) if use[0] else None
+        old = list(self.accumulator.live[:, rows].reshape(-1, len(lead), 4, LANES)) if use[0] else None
         found = tensor_cores.multiply(
             x, y, old, self.a_fmt, self.b_fmt, self.d_fmt,
             saturate=self.saturate, negate_a=self.negate[0:1] == [True], negate_b=self.negate[1:2] == [True],
@@ -306,7 +311,7 @@ def _finish_products(item: dict[str, np.ndarray]) -> None:
 
 def _wgmma(gang: Gang, i: Instruction) -> Run:
     if gang.pending.products is None:
-        gang.pending.products = _Products(gang.warps)
+        gang.pending.products = _Products(gang)
     groups = gang.pending.products
     assert isinstance(groups, _Products)
     what = i.parts[1]
@@ -332,7 +337,6 @@ def _wgmma(gang: Gang, i: Instruction) -> Run:
     def wait(m: Mask) -> None:
         rows = gang.rows(m)
         groups.wait(rows, left)
-        groups.ordered[rows] = False
         actor = gang.clocks.tensor + gang.warp_in_cta[rows] // 4
         known = gang.clocks.known
         known[rows, actor] = np.maximum(known[rows, actor], groups.committed[rows] - left)
