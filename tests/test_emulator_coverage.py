@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver as triton_driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from emulator.driver import Driver
 from emulator.formats import decode, encode
@@ -82,6 +83,13 @@ def _scaled_dot(a_ptr, a_scale_ptr, b_ptr, b_scale_ptr, c_ptr, M: tl.constexpr, 
     b_scale = tl.load(b_scale_ptr + n[:, None] * (K // 32) + block[None, :])
     acc = tl.dot_scaled(a, a_scale, "e4m3", b, b_scale, "e4m3")
     tl.store(c_ptr + m[:, None] * N + n[None, :], acc)
+
+
+@triton.jit
+def _shift(x, y, ROWS: tl.constexpr, BY: tl.constexpr):
+    """y, moved down by BY rows; zeros come in from above."""
+    row = tl.program_id(0) * ROWS
+    y.store([row, 0], x.load([row - BY, 0]))
 
 
 @pytest.fixture(params=ARCHITECTURES, ids="sm_{}".format)
@@ -237,3 +245,18 @@ def test_histograms_and_atomics(arch):
     counts, total = torch.zeros(16, dtype=torch.int32), torch.zeros(1)
     _count[(6,)](x, counts, total, 256, 16)
     assert torch.equal(counts, x.bincount(minlength=16).int()) and total.item() == x.sum().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_descriptors(arch, dtype):
+    """Boxes that start before the tensor or end after it: TMA from sm_90 on, loads and stores before."""
+    x = integers(0, 200, (100, 64)).to(dtype)
+    y = torch.zeros(112, 64, dtype=dtype)
+    box = [32, 64 if dtype != torch.float32 else 32]
+    descriptors = (TensorDescriptor.from_tensor(t, box) for t in (x, y[:100]))
+    compiled = _shift[(4,)](*descriptors, 32, 5)
+    copies = {op for op in opcodes(compiled) if op.startswith("cp.async.bulk.tensor")}
+    assert len(copies) == (2 if arch >= 90 else 0)
+    columns = box[1]
+    assert torch.equal(y[5:100, :columns], x[:95, :columns])
+    assert not y[:5].any() and not y[100:].any() and not y[:, columns:].any()
