@@ -53,7 +53,8 @@ format: $(STAMP)
 cuda-check: $(STAMP)
 	scripts/check_cuda.sh $(PY)
 
-# Every Triton kernel for every architecture with launch rows: no spills, tensor cores where they belong, shared memory that fits.
+# Every Triton kernel for every architecture with launch rows: few spills, tensor cores where they belong and no product
+# twice, blocks that fit, bounds as their rows claim.
 aot-check: $(STAMP)
 	$(PY) -m anyflow_kernels.aot --check
 

@@ -29,6 +29,12 @@ from .aot_case import AotCase
 from .launch_configs import ARCHITECTURES, GPUS
 from .pipe_model import MATRIX, Chip, chip_of, model, parse
 
+# What the check lets pass: registers kept in L1 (the model counts their traffic), products computed twice, and how far
+# below what its row claims a kernel may be bound, in percent: compilers differ.
+SPILL_BYTES = 128
+REDUNDANCY = 1.01
+BOUND_SLACK = 8
+TENSOR_MEMORY = 512  # columns of sm_100
 MEMORY = ("UTMALDG", "UTMASTG", "LDGSTS", "LDG", "STG", "LDL", "STL")
 
 
@@ -70,7 +76,8 @@ def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str
     instructions = Counter(instruction.opcode.split(".")[0] for instruction in parse(sass))
     threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"]).group(1))  # type: ignore[union-attr]
     shared = compiled.metadata.shared
-    blocks, limit = _occupancy(arch, resources["REG"], threads, shared)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", 0)
+    blocks, limit = _occupancy(arch, resources["REG"], threads, shared, tensor_memory)
     row = {
         "kernel": case.name,
         "target": f"sm_{arch}",
@@ -102,6 +109,10 @@ def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str
         row["problems"].append(f"pipe model: {error}")
         return row
     row["model"] = pipes.as_row()
+    if pipes.redundancy > REDUNDANCY:
+        row["problems"].append(f"{pipes.redundancy:.2f} times the matrix products that the tile needs")
+    if 100 * pipes.bound < case.bound - BOUND_SLACK:
+        row["problems"].append(f"bound {pipes.bound:.0%}, its row says {case.bound} %")
     return row
 
 
@@ -144,7 +155,7 @@ def _fma_dots(ttgir: str) -> int:
     return sum("#blocked" in line.rsplit("->", 1)[-1] for line in dots)
 
 
-def _occupancy(arch: int, registers: int, threads: int, shared: int) -> tuple[int, str]:
+def _occupancy(arch: int, registers: int, threads: int, shared: int, tensor_memory: int = 0) -> tuple[int, str]:
     """Blocks that fit a multiprocessor at once, and the resource that stops the next one."""
     gpu = GPUS[arch]
     warps = threads // 32
@@ -153,6 +164,7 @@ def _occupancy(arch: int, registers: int, threads: int, shared: int) -> tuple[in
         "shared memory": gpu.shared_per_multiprocessor // (shared + 1024),  # 1 KB is the system's
         "threads": gpu.threads // threads,
         "blocks": gpu.blocks,
+        "tensor memory": TENSOR_MEMORY // tensor_memory if tensor_memory else gpu.blocks,
     }
     limit = min(limits, key=lambda name: limits[name])
     return limits[limit], limit
@@ -160,7 +172,7 @@ def _occupancy(arch: int, registers: int, threads: int, shared: int) -> tuple[in
 
 def _problems(case: AotCase, arch: int, row: dict[str, Any]) -> list[str]:
     problems = []
-    if row["spill_bytes"]:
+    if row["spill_bytes"] > SPILL_BYTES:
         problems.append(f"spills {row['spill_bytes']} bytes per thread")
     if case.tensor_cores and not row["tensor_core_instructions"]:
         problems.append("no tensor-core instruction")

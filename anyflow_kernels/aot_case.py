@@ -36,6 +36,7 @@ class AotCase:
         options: further compile options, such as `maxnreg`.
         products: multiply-adds that one iteration of the inner loop needs, for `pipe_model`.
         loaded: bytes of global memory that one iteration reads.
+        bound: percent of the tensor cores' peak that its row claims, by `pipe_model`.
         per_multiprocessor: blocks that the launch places on a multiprocessor; as many as fit if None.
     """
 
@@ -51,6 +52,7 @@ class AotCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     products: int = 0
     loaded: int = 0
+    bound: int = 0
     per_multiprocessor: int | None = None
 
     @property

@@ -91,13 +91,16 @@ class Instruction(NamedTuple):
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
 # HMMA, IMMA: mma.sync. HGMMA, QGMMA, IGMMA: wgmma of sm_90. UTCHMMA, UTCQMMA: tcgen05 of sm_100.
+_NOTES = re.compile(r"(?:^|\s)[&?]")
 _ENDS_BLOCK = re.compile(r"BR|EXIT|RET|CALL\.REL")
 MATRIX = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|QGMMA|IGMMA|UTC\w*MMA)\b")
 
 
 def parse(sass: str) -> list[Instruction]:
     """The instructions of `cuobjdump -sass` of a cubin with one kernel."""
-    return [Instruction(int(a, 16), p, op, operands.strip()) for a, p, op, operands in _LINE.findall(sass)]
+    found = _LINE.findall(sass)
+    # Some versions append scheduling notes: "&req={1} ?trans5".
+    return [Instruction(int(a, 16), p, opcode, _NOTES.split(rest)[0].strip()) for a, p, opcode, rest in found]
 
 
 def inner_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:

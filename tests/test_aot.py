@@ -35,7 +35,8 @@ KEYS = {
     "model",
     "problems",
 }
-# A spilling tile, a product in FMA units, more shared memory than the chip has, and mma.sync where wgmma belongs.
+# A spilling tile, a product in FMA units, more shared memory than the chip has, mma.sync where wgmma belongs, products
+# that 8 warps compute 1.5 times, and a row that claims more than its kernel can reach.
 BAD_KERNELS = """
 import importlib, json
 from dataclasses import replace
@@ -54,11 +55,15 @@ kernel = importlib.import_module("anyflow_kernels.triton_ops.far_attention")._fa
 config = launch_configs.attention_row(launch_configs.ATTENTION_FORWARD, 90, 128, 2)
 def attention(**changes):
     return attention_case(kernel, replace(config, **changes), "bad", 128)
+backward = importlib.import_module("anyflow_kernels.triton_ops.far_attention_backward")._far_attention_dkdv_kernel
+twice = attention_case(backward, replace(config, block_m=64, block_n=64, descriptors=False), "bad", 128)
 
 fp32 = {name: "*fp32" for name in "abc"}
 cases = {
     "spill": attention(num_warps=4),
     "shared": attention(block_n=64, num_stages=8),
+    "twice": twice,
+    "claim": replace(attention(block_n=64, descriptors=False), bound=100),
     "fma": AotCase(product, "bad", fp32, {"PRECISION": "ieee"}, tensor_cores=True),
     "mma": AotCase(product, "bad", {**fp32, "a": "*bf16", "b": "*bf16"}, {"PRECISION": "tf32"}, requires="HGMMA"),
 }
@@ -114,6 +119,8 @@ def test_bad_kernels_are_rejected(tmp_path):
     assert any("shared memory" in p for p in problems["shared"])
     assert any("FMA" in p for p in problems["fma"]) and any("no tensor-core" in p for p in problems["fma"])
     assert problems["mma"] == ["no HGMMA"]
+    assert problems["twice"] == ["1.50 times the matrix products that the tile needs"]
+    assert problems["claim"] == ["bound 90%, its row says 100 %"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about the interpreter")
@@ -156,11 +163,22 @@ def test_every_head_dim_has_a_row(arch, table):
         launch_configs.attention_row(getattr(launch_configs, table), arch, 129, 2)
 
 
+@pytest.mark.parametrize("table", ["ATTENTION_FORWARD", "ATTENTION_DQ", "ATTENTION_DKDV"])
+def test_rows_are_chosen_by_the_pipe_model(table):
+    """`aot --check` recomputes the bounds; where all pipes overlap, mma.sync on its newer chips is the limit."""
+    for arch in launch_configs.ARCHITECTURES:
+        rows = [r for r in launch_configs.rows_for(getattr(launch_configs, table), arch) if r.itemsize == 2]
+        assert all(row.bound and "model: " in row.reason for row in rows)
+        assert arch not in (86, 89, 120) or {row.bound for row in rows} == {100}
+
+
 def test_occupancy_counts_registers_in_blocks_of_eight():
     """170 registers are allocated as 176: one block of 256 threads; 128 registers let two in."""
     assert aot._occupancy(90, 170, 256, 1024) == (1, "registers")
     assert aot._occupancy(90, 128, 256, 1024) == (2, "registers")
     assert aot._occupancy(90, 32, 128, 100 * 1024) == (2, "shared memory")
+    assert aot._occupancy(100, 32, 128, 1024, tensor_memory=256) == (2, "tensor memory")
+    assert aot._occupancy(100, 32, 128, 1024, tensor_memory=576) == (0, "tensor memory")
 
 
 @pytest.mark.parametrize(

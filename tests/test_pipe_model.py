@@ -39,6 +39,12 @@ def test_the_loop_is_what_every_iteration_passes():
     assert [i.address for i in loop] == [0x10, 0x20, 0x30, 0x40, 0x50, 0x70]
 
 
+def test_scheduling_notes_are_no_operands():
+    """The cuobjdump of triton 3.6 prints them for sm_120."""
+    code = sass("HMMA.16816.F32.BF16 R4, R8, R12, R4 ?WAIT12_END_GROUP", "@P6 BRA 0x0 &req={1} ?trans5", "EXIT ?trans5")
+    assert [i.operands for i in parse(code)] == ["R4, R8, R12, R4", "0x0", ""] and len(inner_loops(parse(code))) == 1
+
+
 def test_an_outer_loop_with_products_of_its_own_is_not_the_inner_one():
     inner_and_edge = sass(HMMA, HMMA, "@P0 BRA 0x10", HMMA, "@P1 BRA 0x0", "EXIT")
     (loop,) = inner_loops(parse(inner_and_edge))

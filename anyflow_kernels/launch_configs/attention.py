@@ -23,6 +23,7 @@ class AttentionConfig:
     where strides allow. `precision`: of the products of fp32 inputs. `split_cost`: see `tile_schedule.query_schedule`.
     `per_multiprocessor`: programs that fit a multiprocessor at once; the grid is that many per multiprocessor.
     `warp_specialize`: loading, products and softmax on warps of their own, where Triton can (tcgen05 of sm_100).
+    `bound`: percent of the tensor cores' peak by `pipe_model` if all pipes overlap; `aot --check` holds the row to it.
     """
 
     arch: int
@@ -37,6 +38,7 @@ class AttentionConfig:
     split_cost: int | None = None
     per_multiprocessor: int = 1
     warp_specialize: bool = False
+    bound: int = 0
     reason: str
 
 
@@ -47,114 +49,119 @@ _INTERPRETED = tuple(
 )  # fmt: skip
 
 
-def _fp32(arch: int, block_m: int, block_n: int, num_stages: int = 1, split_cost: int | None = None) -> AttentionConfig:
+def _fp32(arch: int, block_m: int, block_n: int, per_multiprocessor: int, split_cost: int | None) -> AttentionConfig:
     """fp32 is for verification: three TF32 products each (error about 1e-6) take the registers of a small tile."""
-    return AttentionConfig(arch=arch, head_dim=128, itemsize=4, block_m=block_m, block_n=block_n, num_warps=8,
-        num_stages=num_stages, split_cost=split_cost,
-        reason="compiled: the largest tile that does not spill with tf32x3")  # fmt: skip
+    return AttentionConfig(arch=arch, head_dim=128, itemsize=4, block_m=block_m, block_n=block_n, num_warps=4,
+        num_stages=1, split_cost=split_cost, per_multiprocessor=per_multiprocessor,
+        reason="model: 8 warps compute products 1.5 to 3 times")  # fmt: skip
 
 
+_SHARED_BY_WARPS = "model: 4 warps of 32 rows read keys from shared memory half as often as 8 of 16"
+_NO_TMA = "where TMA cannot; "
+# What the pipe model says of a row is `bound`; "serial" is its bound if products overlap with nothing within a block.
 ATTENTION_FORWARD = (
     *_INTERPRETED,
-    AttentionConfig(arch=80, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 216 registers, 48 KB"),
-    AttentionConfig(arch=80, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 255 registers, 64 KB; 64 keys or 4 warps spill"),
-    *(AttentionConfig(arch=arch, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 191 registers, 48 KB")
+    AttentionConfig(arch=80, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, bound=100,
+        split_cost=8, per_multiprocessor=2, reason=_SHARED_BY_WARPS + " (76 %); 32 bytes of spills, in L1"),
+    AttentionConfig(arch=80, head_dim=128, block_m=128, block_n=32, num_warps=4, num_stages=2, bound=100,
+        split_cost=8, per_multiprocessor=2, reason=_SHARED_BY_WARPS + " (68 %); 104 bytes of spills, in L1"),
+    *(AttentionConfig(arch=arch, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, bound=100,
+        split_cost=8, per_multiprocessor=2, reason="model: serial 71 %, two blocks overlap; 8 warps 60 %, one block")
         for arch in (86, 89)),
-    *(AttentionConfig(arch=arch, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2,
-        split_cost=8, reason="compiled: 254 registers, 64 KB of 99; 64 keys spill")
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=128, block_n=32, num_warps=4, num_stages=2, bound=100,
+        split_cost=8, per_multiprocessor=2, reason="model: serial 68 %, two blocks overlap; 8 warps 58 %, one block")
         for arch in (86, 89)),
-    AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 178 registers, 64 KB; where TMA cannot"),
+    AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=128, num_warps=8, num_stages=2, bound=97,
+        split_cost=4, reason=_NO_TMA + "model: limited by exponentials; 64 keys by shared memory, 81 %"),
     AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        split_cost=4, reason="compiled: 197 registers, 80 KB"),
-    AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 255 registers, 128 KB; 128 keys spill; where TMA cannot"),
+        bound=97, split_cost=4, reason="model: limited by exponentials; 64 queries read L2 at 54 bytes a clock"),
+    AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=3, bound=90,
+        split_cost=8, reason=_NO_TMA + "model: limited by shared memory; 128 keys spill"),
     AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        split_cost=4, reason="compiled: 255 registers, 160 KB; 64 keys would rescale acc twice as often"),
-    AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 186 registers, 68 KB; where TMA cannot"),
+        bound=100, split_cost=4, reason="model: serial 66 %; 64 keys would rescale acc twice as often"),
+    AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, bound=49,
+        split_cost=8, per_multiprocessor=2, reason=_NO_TMA + "model: limited by exponentials; 8 warps 26 %"),
     AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, descriptors=True,
-        split_cost=4, reason="compiled: 204 registers, 48 KB; 128 keys spill with triton 3.6"),
-    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 246 registers, 88 KB; 64 keys spill; where TMA cannot"),
-    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        split_cost=8, reason="compiled: 228 registers, 104 KB; 128 keys spill"),
-    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3,
-        split_cost=8, reason="compiled: 204 registers, 48 KB of 99; 128 keys or 4 warps spill; where TMA cannot"),
-    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3, descriptors=True,
-        split_cost=8, reason="compiled: 178 registers, 32 KB: no pointers to hold"),
-    AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        split_cost=8, reason="compiled: 162 registers, 56 KB; the 128 x 32 of sm_89 spills here; where TMA cannot"),
+        bound=49, split_cost=8, per_multiprocessor=2, reason="model: limited by exponentials, and two blocks overlap"),
+    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=32, num_warps=4, num_stages=1, bound=50,
+        split_cost=8, per_multiprocessor=2, reason=_NO_TMA + "model: 8 warps 16 %: p crosses shared memory"),
+    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=32, num_warps=4, num_stages=2, descriptors=True,
+        bound=50, split_cost=8, per_multiprocessor=2, reason="model: 8 warps 28 %: p crosses shared memory"),
+    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=3, bound=100,
+        split_cost=8, reason=_NO_TMA + "model: serial 60 %; 4 warps spill 240 bytes"),
+    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, descriptors=True,
+        bound=100, split_cost=8, per_multiprocessor=2, reason="model: serial 77 %, two blocks overlap; 8 warps 65 %"),
+    AttentionConfig(arch=120, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2, bound=100,
+        split_cost=8, reason=_NO_TMA + "model: serial 58 %; 64 x 64 by shared memory, 72 %; 40 bytes of spills"),
     AttentionConfig(arch=120, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2, descriptors=True,
-        split_cost=8, reason="compiled: 222 registers, 64 KB of 99; 64 keys or 4 warps spill"),
-    *(_fp32(arch, 16, 32, split_cost=64) for arch in ARCHITECTURES),
+        bound=100, split_cost=8, reason="model: serial 65 %; 4 warps spill 376 bytes"),
+    *(_fp32(arch, 16, 32, 2, split_cost=64) for arch in ARCHITECTURES),
 )  # fmt: skip
 ATTENTION_DQ = (
     *_INTERPRETED,
-    AttentionConfig(arch=80, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 252 registers, 48 KB; 64 queries spill"),
-    AttentionConfig(arch=80, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 215 registers, 72 KB"),
-    *(AttentionConfig(arch=arch, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
-        reason="compiled: 254 registers, 32 KB; 128 queries spill")
-        for arch in (86, 89)),
-    *(AttentionConfig(arch=arch, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 164 registers, 72 KB")
-        for arch in (86, 89)),
-    AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
-        reason="compiled: 210 registers, 48 KB; where TMA cannot"),
+    AttentionConfig(arch=80, head_dim=64, block_m=128, block_n=32, num_warps=4, num_stages=2, bound=100,
+        per_multiprocessor=2, reason=_SHARED_BY_WARPS + " (79 %); 40 bytes of spills, in L1"),
+    AttentionConfig(arch=80, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2, bound=58,
+        per_multiprocessor=2, reason="model: limited by shared memory, without spills; 64 x 64 47 %, one block"),
+    *(AttentionConfig(arch=arch, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=100,
+        per_multiprocessor=2, reason="model: serial 60 %, and two blocks overlap") for arch in (86, 89)),
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2, bound=100,
+        reason="model: serial 58 %; 64 x 64 93 and 48 %, by shared memory; 32 bytes of spills") for arch in (86, 89)),
+    AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=81,
+        per_multiprocessor=2, reason=_NO_TMA + "model: limited by shared memory, and two blocks overlap"),
     AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        per_multiprocessor=2, reason="compiled: 128 registers, 64 KB: two blocks fit"),
-    AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2,
-        reason="compiled: 225 registers, 96 KB; 64 keys spill; where TMA cannot"),
+        bound=100, per_multiprocessor=2, reason="model: serial 59 %, and two blocks overlap; 128 registers"),
+    AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, bound=97,
+        reason=_NO_TMA + "model: serial 72 %; 32 keys 71 and 59 %, by shared memory; 104 bytes of spills"),
     AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 220 registers, 128 KB; 128 keys reach 255"),
-    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2,
-        reason="compiled: 168 registers, 56 KB; where TMA cannot"),
+        bound=100, reason="model: serial 72 %; 220 registers"),
+    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=40,
+        reason=_NO_TMA + "model: limited by shared memory; 168 registers"),
     AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        per_multiprocessor=2, reason="compiled: 125 registers, 72 KB: two blocks fit"),
-    AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 240 registers, 112 KB; 4 warps spill; where TMA cannot"),
-    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 190 registers, 144 KB; 128 keys spill"),
-    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=32, num_warps=8, num_stages=2,
-        reason="compiled: 174 registers, 40 KB; 64 keys, as on sm_89, spill"),
-    AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 186 registers, 72 KB of 99; descriptors spill"),
-    *(_fp32(arch, 16, 32) for arch in ARCHITECTURES if arch != 120),
-    _fp32(120, 16, 16, num_stages=3),  # 32 keys spill
+        bound=67, per_multiprocessor=2, reason="model: limited by shared memory, two blocks overlap; 125 registers"),
+    AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=40,
+        reason=_NO_TMA + "model: limited by shared memory; 128 queries spill 168 bytes"),
+    AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
+        bound=86, reason="model: limited by shared memory; 64 keys 67 %"),
+    AttentionConfig(arch=120, head_dim=64, block_m=128, block_n=32, num_warps=8, num_stages=2, bound=100,
+        reason="model: serial 58 %; 64 keys spill"),
+    AttentionConfig(arch=120, head_dim=128, block_m=128, block_n=32, num_warps=8, num_stages=2, bound=100,
+        reason="model: serial 58 %; 64 x 64 93 and 48 %, by shared memory; descriptors spill 208 bytes, this 56"),
+    *(_fp32(arch, 16, 32, 2, split_cost=None) for arch in ARCHITECTURES),
 )  # fmt: skip
 ATTENTION_DKDV = (
     *_INTERPRETED,
-    AttentionConfig(arch=80, head_dim=128, block_m=32, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 168 registers, 52 KB; 64 queries or 128 keys spill"),
-    *(AttentionConfig(arch=arch, head_dim=128, block_m=32, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 160 registers, 52 KB; 64 queries or 128 keys spill")
-        for arch in (86, 89)),
-    AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 198 registers, 48 KB; where TMA cannot"),
+    AttentionConfig(arch=80, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=66,
+        reason="model: limited by shared memory; 32 queries 65 %"),
+    AttentionConfig(arch=80, head_dim=128, block_m=32, block_n=64, num_warps=4, num_stages=2, bound=58,
+        reason="model: limited by shared memory, and two blocks overlap; 8 warps compute products 1.5 times: 31 %"),
+    *(AttentionConfig(arch=arch, head_dim=64, block_m=32, block_n=64, num_warps=4, num_stages=2, bound=100,
+        reason="model: serial 57 %, and two blocks overlap; 176 registers") for arch in (86, 89)),
+    *(AttentionConfig(arch=arch, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=100,
+        reason="model: serial 50 %; with 32 queries 8 warps compute products 1.5 times: 63 %") for arch in (86, 89)),
+    AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, bound=72,
+        reason=_NO_TMA + "model: limited by shared memory; with 64 keys 8 warps compute products 1.5 times: 38 %"),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 189 registers, 64 KB"),
-    AttentionConfig(arch=90, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 246 registers, 96 KB; 128 keys spill; where TMA cannot"),
+        bound=86, reason="model: limited by shared memory; 189 registers"),
+    AttentionConfig(arch=90, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, bound=88,
+        reason=_NO_TMA + "model: with 64 keys 8 warps compute products 1.5 times: 43 %; 96 bytes of spills"),
     AttentionConfig(arch=90, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 246 registers, 128 KB; p and ds are register operands of wgmma"),
-    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 140 registers, 64 KB; where TMA cannot"),
+        bound=98, reason="model: serial 71 %; p and ds are register operands of wgmma"),
+    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=29,
+        reason=_NO_TMA + "model: limited by shared memory; 128 keys 40 %, with triton 3.6 22 %"),
     AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 182 registers, 80 KB"),
-    AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 233 registers, 128 KB; where TMA cannot"),
+        bound=42, reason="model: limited by shared memory; 182 registers"),
+    AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=37,
+        reason=_NO_TMA + "model: limited by shared memory; 128 keys spill 248 bytes"),
     AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        reason="compiled: 255 registers, 160 KB"),
-    AttentionConfig(arch=120, head_dim=64, block_m=32, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 178 registers, 24 KB; 64 queries or descriptors spill"),
-    AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2,
-        reason="compiled: 254 registers, 73 KB of 99: half the steps of the 32 queries of sm_89"),
-    *(_fp32(arch, 32, 16) for arch in ARCHITECTURES),
+        bound=55, reason="model: limited by shared memory; 128 queries and 64 keys 43 %"),
+    AttentionConfig(arch=120, head_dim=64, block_m=32, block_n=64, num_warps=4, num_stages=2, bound=100,
+        reason="model: serial 57 %, and two blocks overlap; 8 warps compute products twice: 50 %"),
+    AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=100,
+        reason=_NO_TMA + "model: serial 50 %; 254 registers"),
+    AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, descriptors=True,
+        bound=100, reason="model: serial 52 %; 174 registers"),
+    *(_fp32(arch, 32, 16, 1, split_cost=None) for arch in ARCHITECTURES),
 )  # fmt: skip
 # The warp-specialised kernel of sm_90; num_warps are those of one of its two compute warpgroups.
 ATTENTION_GLUON = (

@@ -29,7 +29,7 @@ FORMAT = 1
 VARIABLE = "ANYFLOW_TUNING"
 Fields = Mapping[str, int | str | None]
 Row = TypeVar("Row")
-_IDENTITY = {"operation", "arch", "archs", "head_dim", "itemsize", "max_channels", "precision", "reason"}
+_IDENTITY = {"operation", "arch", "archs", "head_dim", "itemsize", "max_channels", "precision", "bound", "reason"}
 
 
 class Key(NamedTuple):

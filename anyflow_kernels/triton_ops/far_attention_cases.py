@@ -72,7 +72,7 @@ def attention_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int) 
         shapes = [f"{_TYPES[row.itemsize]} d{row.head_dim}{'' if row.descriptors else ' pointers'}"]
         if row == attention_row(table, arch, 128, 2):
             shapes = [f"{name} {shapes[0]}" for name in MODELS]
-        cases += [attention_case(kernel, row, shape, row.head_dim) for shape in shapes]
+        cases += [replace(attention_case(kernel, row, shape, row.head_dim), bound=row.bound) for shape in shapes]
     return cases
 
 
