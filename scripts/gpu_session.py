@@ -2,10 +2,10 @@
 
 A part is a list of steps whose limits add up to less than nine minutes. OUT takes: `summary.json`, written before and
 after each step; `PART.log`; `rows.jsonl`, a line for each row of a bench as soon as it is measured; `verify.json`;
-`triton_cache.tar.gz`, the compiled kernels. Whatever is killed, a step, a part or the machine, that stays:
-`--resume FOLDER` goes on after the last step that FOLDER's summary names, with FOLDER's compiled kernels (they serve
-the same Triton wheel alone). The python needs torch >= 2.11 with CUDA, triton, pytest, pytest-xdist, hypothesis and
-setuptools >= 77; diffusers adds its rivals.
+`tuning.json`, what won on this card; `triton_cache.tar.gz`, the compiled kernels. Whatever is killed, a step, a part or
+the machine, that stays: `--resume FOLDER` goes on after the last step that FOLDER's summary names, with what FOLDER
+holds of the last two (compiled kernels serve the same Triton wheel alone). The python needs torch >= 2.11 with CUDA,
+triton, pytest, pytest-xdist, hypothesis and setuptools >= 77; diffusers adds its rivals.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def session() -> dict[str, list[Step]]:
             Step("setuptools", 15, "PYTHON -c SETUPTOOLS"),
             build,
             Step("info", 40, "anyflow info --launch-configs"),
-            # All kernels of this card at the released shapes, in parallel, into the cache that launches read.
+            # All kernels of this card at the released shapes, in parallel; launches with the same key find them.
             Step("compile", 90, compiled, env={"TRITON_ALWAYS_COMPILE": "1"}),
             Step("gluon", 70, f"pytest -n 4 -m gpu {gluon}"),
             attention(120, "1.3B chunk 6"),
@@ -117,6 +117,8 @@ def session() -> dict[str, list[Step]]:
             Step("gpu", 60, f"pytest -n 4 -m gpu {on_gpu}"),
             Step("verify", 150, "anyflow verify --device cuda --backend triton --json OUT/verify.json"),
         ],
+        "tune": [build, Step("1.3B", 430, "anyflow tune --model 1.3B --limit-seconds 400")],
+        "tune_14B": [build, Step("14B", 430, "anyflow tune --model 14B --limit-seconds 400")],
         "rollouts": [
             build,
             Step("1.3B, 1 step", 70, "bench rollout --model 1.3B --steps 1"),
@@ -183,10 +185,18 @@ class Session:
     def __init__(self, out: Path, python: str, patience: float, earlier: Path | None) -> None:
         self.out, self.python, self.patience = out, python, patience
         self.architecture = _architecture()
+        self.environment = {
+            "PYTHONUNBUFFERED": "1",
+            "ANYFLOW_TUNING": str(out / "tuning.json"),
+            "TRITON_CACHE_DIR": str(TRITON_CACHE),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each of several test processes
+        }
         out.mkdir(parents=True, exist_ok=True)
         self.summary: list[dict[str, Any]] = []
         if earlier is not None:
             self.summary = [row for row in json.loads((earlier / "summary.json").read_text()) if row["step"] != "build"]
+            if (earlier / "tuning.json").is_file() and earlier.resolve() != out:
+                shutil.copy(earlier / "tuning.json", out)
             if (earlier / "triton_cache.tar.gz").is_file():
                 with tarfile.open(earlier / "triton_cache.tar.gz") as archive:
                     archive.extractall(TRITON_CACHE, filter="data")
@@ -206,7 +216,7 @@ class Session:
             log.write(f"\n== {step.name}: {' '.join(command)}\n".encode())
             log.flush()
             before = log.tell()
-            code = _run_limited(command, limit, {**os.environ, **ENVIRONMENT, **step.env}, log)
+            code = _run_limited(command, limit, {**os.environ, **self.environment, **step.env}, log)
             log.seek(before)
             print("\n".join(log.read().decode(errors="replace").splitlines()[-4:]), flush=True)
         row["seconds"] = round(time.monotonic() - start, 1)
@@ -234,13 +244,6 @@ class Session:
         partial = self.out / "summary.json.partial"
         partial.write_text(json.dumps(self.summary, indent=1) + "\n")
         partial.replace(self.out / "summary.json")
-
-
-ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "TRITON_CACHE_DIR": str(TRITON_CACHE),
-    "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each of several test processes
-}
 
 
 def _run_limited(command: list[str], limit: float, env: dict[str, str], log: Any) -> int | None:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = """#!/bin/sh
 case "$1" in */gpu_session.py) exec {python} "$@" ;; esac
 echo "$(basename "$0") $*" >> {calls}
-echo "output of $*"
+echo "output of $*, tuning table at $ANYFLOW_TUNING"
 last=""
 for word in "$@"; do
     [ "$last" = --json ] && echo '{{"row": 1}}' >> "$word"
@@ -155,14 +155,17 @@ def test_a_session_that_is_killed_goes_on_after_that_step(machine: Machine) -> N
     assert "failed: rows: linear_gelu" in done.stdout and len(machine.calls()) == len(before) + len(after) + 1
 
 
-def test_compiled_kernels_travel(machine: Machine) -> None:
+def test_compiled_kernels_and_winners_travel(machine: Machine) -> None:
     kernel = machine.cache / "HASH" / "kernel.cubin"
     kernel.parent.mkdir(parents=True)
     kernel.write_text("compiled")
     machine.run("rivals")
     shutil.rmtree(machine.cache)
-    machine.run("sanitizer", "--resume", str(machine.out))
-    assert kernel.read_text() == "compiled"
+    (machine.out / "tuning.json").write_text("won")
+    first_out, machine.out = machine.out, machine.out.with_name("second")
+    machine.run("sanitizer", "--resume", str(first_out))
+    assert kernel.read_text() == "compiled" and (machine.out / "tuning.json").read_text() == "won"
+    assert f"tuning table at {machine.out / 'tuning.json'}" in (machine.out / "sanitizer.log").read_text()
 
 
 def test_no_step_starts_that_could_end_too_late(machine: Machine) -> None:
