@@ -77,6 +77,40 @@ def test_a_second_phase_starts_from_the_average(tmp_path, whole_run) -> None:
     assert all(torch.equal(weights[name], average[name]) for name in weights)
 
 
+def test_metrics_go_to_the_trackers_by_name(monkeypatch, tmp_path) -> None:
+    """A stand-in for a tracker of accelerate: what it is told is what the metrics file holds."""
+    tracking = pytest.importorskip("accelerate.tracking")
+    told: list = []
+
+    class Told:
+        requires_logging_directory = True
+
+        def __init__(self, run, directory):
+            told.append((run, directory))
+
+        def start(self):
+            told.append("start")
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step):
+            told.append((step, values))
+
+        def finish(self):
+            told.append("finish")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "told", Told)
+    train(tiny(trackers=["told"]), tmp_path, io.StringIO())
+    run, start, config, *logged, finish = told
+    assert run == ("tiny", tmp_path / "trackers") and (start, finish) == ("start", "finish")
+    assert config["model.kind"] == "demo" and config["batch_size"] == 4
+    written = [{key: value for key, value in m.items() if key not in ("step", "phase")} for m in metrics(tmp_path)]
+    assert logged == list(enumerate(written))
+    with pytest.raises(ValueError, match=r"trackers: got 'nobody', expected some of .*tensorboard.*wandb"):
+        train(tiny(trackers=["nobody"]), tmp_path / "other", io.StringIO())
+
+
 def test_the_loss_falls(tmp_path) -> None:
     phases = [{"objective": "flow_matching", "iterations": 80, "lr": 0.01}]
     far = {"bidirectional_probability": 0.0, "long_context_ratio": 0.0}

@@ -93,6 +93,19 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert [constant.lr_at(i) for i in range(3)] == [0.6] * 3
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_schedules_of_the_library_by_name(name) -> None:
+    """The witness is torch's own walk through the schedule; ours asks for any step alone."""
+    optimization = pytest.importorskip("diffusers.optimization")
+    optimiser = torch.optim.SGD([torch.zeros(1)], lr=0.6)
+    schedule = optimization.get_scheduler(name, optimiser, num_warmup_steps=2, num_training_steps=8)
+    phase = Phase("flow_map", 8, 0.6, warmup=2, schedule=name)
+    for i in range(8):
+        assert phase.lr_at(i) == pytest.approx(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+
+
 def test_the_optimiser_takes_the_rate_of_the_step() -> None:
     module = torch.nn.Linear(1, 1)
     network = TrainedNetwork({"m": module}, OptimiserSettings(), Phase("flow_map", 4, 0.1, decay=1), None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from anyflow_runtime.training.trainer.checkpoint import step_directories
 from anyflow_runtime.training.trainer.trainer import train
 
 from .trainer_runs import metrics, on_policy_config, tiny, write_on_policy_inputs
@@ -26,6 +29,15 @@ def worker(rank: int, directory: str) -> None:
             train(tiny(global_batch=8, sharding=sharding), Path(directory, sharding), io.StringIO())
         config = on_policy_config(Path(directory), sharding="fsdp", **ON_POLICY)
         train(config, Path(directory, "on-policy-fsdp"), io.StringIO())
+    finally:
+        dist.destroy_process_group()
+
+
+def resume(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    try:
+        train(tiny(global_batch=8, sharding="fsdp"), Path(directory, "run"), io.StringIO())
     finally:
         dist.destroy_process_group()
 
@@ -70,11 +82,32 @@ def test_on_policy_distillation_under_fsdp(two_processes) -> None:
 
 
 def test_fsdp_keeps_a_part_of_the_weights_per_process(two_processes) -> None:
-    parts = [
-        torch.load(two_processes / "fsdp" / "checkpoints" / "step-00000008" / f"rank-0000{rank}.pt", weights_only=True)
-        for rank in range(2)
-    ]
-    weights = [part["networks"]["student"]["weights"] for part in parts]
-    name = "transformer.blocks.0.ffn.net.2.weight"
-    assert [w[name].shape[0] for w in weights] == [12, 12] and not torch.equal(weights[0][name], weights[1][name])
-    assert torch.equal(*(w["transformer.blocks.0.scale_shift_table"] for w in weights))
+    reader = dcp.FileSystemReader(two_processes / "fsdp" / "checkpoints" / "step-00000008")
+    found = reader.read_metadata().state_dict_metadata
+    sharded, whole = (
+        f"student/weights/transformer.blocks.0.{name}" for name in ("ffn.net.2.weight", "scale_shift_table")
+    )
+    assert [chunk.sizes[0] for chunk in found[sharded].chunks] == [12, 12]
+    assert len(found[whole].chunks) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_on_another_number_of_processes(processes, two_processes, tmp_path) -> None:
+    """Stopped after four of eight steps on two sharded processes, or on one, and finished on the other number."""
+    stopped = tmp_path / "run"
+    if processes == 1:
+        shutil.copytree(two_processes / "fsdp", stopped)
+    else:
+        train(tiny(global_batch=8, sharding="fsdp", keep_checkpoints=9), stopped, io.StringIO())
+    for step, directory in step_directories(stopped / "checkpoints"):
+        if step > 6:
+            shutil.rmtree(directory)
+    if processes == 1:
+        train(tiny(global_batch=8, sharding="fsdp"), stopped, io.StringIO())
+    else:
+        mp.spawn(resume, args=(str(tmp_path),), nprocs=2)
+    one, again = metrics(two_processes / "one"), metrics(stopped)
+    assert [m["step"] for m in again] == list(range(8))
+    for a, b in zip(one, again, strict=True):
+        for key in (k for k in a if k.endswith("/loss")):
+            assert b[key] == pytest.approx(a[key], rel=2e-4), (a["step"], key)

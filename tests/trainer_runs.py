@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, AnyFlowTransformer3DModel
 from anyflow_runtime.training.config import config_from_dict, merged
+from anyflow_runtime.training.trainer.checkpoint import RUN, load_tensors
 
 ORACLE = json.loads((Path(__file__).parent / "data" / "training.json").read_text())
 SIZES = {
@@ -65,7 +67,21 @@ def tiny(base: dict = DEMO, **changes):
 
 
 def checkpoint(out: Path, step: int) -> dict:
-    return torch.load(out / "checkpoints" / f"step-{step:08}" / "rank-00000.pt", weights_only=True)
+    """What a checkpoint holds: `run.json`, and under "networks" its tensors, nested by network and kind."""
+    directory = out / "checkpoints" / f"step-{step:08}"
+    found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+    load_tensors(directory, tensors)
+    networks: dict = {}
+    for name, tensor in tensors.items():
+        network, kind, entry = name.split("/", 2)
+        kinds = networks.setdefault(network, {"weights": {}, "frozen": {}, "optimiser": {}, "average": {}})
+        if kind == "optimiser":
+            moment, parameter = entry.split("/", 1)
+            kinds[kind].setdefault(parameter, {})[moment] = tensor
+        else:
+            kinds[kind][entry] = tensor
+    return {**json.loads((directory / RUN).read_text()), "networks": networks}
 
 
 def metrics(out: Path) -> list[dict]:

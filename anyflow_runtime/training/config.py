@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from ..optional import optional
 from ..plain_data import from_plain, to_plain
 from .objectives.on_policy import OnPolicyConfig
 from .objectives.pretraining import FarConfig, PretrainConfig
@@ -15,6 +19,7 @@ MODEL_KINDS = ("far", "bidirectional", "demo")
 DATA_KINDS = ("safetensors", "tar", "video", "shapes")
 PRECISIONS = ("fp32", "bf16")
 SHARDINGS = ("auto", "fsdp", "none")
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,14 @@ class DataSettings:
             )
 
 
+@functools.cache
+def _library_schedule(name: str, warmup: int, steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate by step; a function of the step alone, so that a run continues anywhere."""
+    library = optional("diffusers.optimization", f"the schedule {name!r}", "diffusers")
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return library.get_scheduler(name, nothing, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training. A later phase starts from the average of the one before, with a new optimiser.
@@ -90,6 +103,7 @@ class Phase:
         objective: "flow_matching" (plain), "flow_map", or "on_policy".
         lr, warmup: learning rate, and the steps over which it rises linearly from 0; constant after them.
         decay: the last steps, over which it falls linearly towards 0.
+        schedule: the name of a schedule of `diffusers.optimization` instead ("cosine", "linear", ...), after `warmup`.
     """
 
     objective: str
@@ -97,14 +111,21 @@ class Phase:
     lr: float
     warmup: int = 0
     decay: int = 0
+    schedule: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("phases.objective", self.objective, OBJECTIVES)
+        if self.schedule is not None:
+            _one_of("phases.schedule", self.schedule, SCHEDULES)
+            if self.decay:
+                raise ValueError(f"phases.decay: got {self.decay} with the schedule {self.schedule!r}, expected 0")
         if self.iterations < 1 or min(self.warmup, self.decay) < 0 or not self.lr > 0:
             raise ValueError(f"phases: got {self}, expected iterations >= 1, lr > 0, warmup >= 0 and decay >= 0")
 
     def lr_at(self, index: int) -> float:
         """Learning rate of step `index`, 0-based in the phase."""
+        if self.schedule is not None:
+            return self.lr * _library_schedule(self.schedule, self.warmup, self.iterations)(index)
         rise = (index + 1) / max(1, self.warmup)
         fall = (self.iterations - index) / (self.decay + 1)
         return self.lr * min(1.0, rise, fall)
@@ -153,6 +174,7 @@ class TrainConfig:
         sample_vae: model directory whose `vae/` decodes them; None: `data.model`, else the samples stay latents. The
             demo's samples are pixels.
         plot: draw `loss.png` at the end of every phase; needs matplotlib.
+        trackers: where the metrics also go, by accelerate's names: "tensorboard", "wandb", "trackio", ...
     """
 
     phases: tuple[Phase, ...]
@@ -179,6 +201,7 @@ class TrainConfig:
     sample_every: int | None = None
     sample_vae: str | None = None
     plot: bool = False
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)

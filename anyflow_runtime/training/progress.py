@@ -1,15 +1,16 @@
-"""The metrics file of a run and its progress lines."""
+"""The metrics of a run: its file, trackers, and progress lines."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..files import whole_file
+from ..optional import optional
 
 
 class MetricsFile:
@@ -32,6 +33,59 @@ class MetricsFile:
             file.write(json.dumps(dict(values)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class Trackers:
+    """The metrics in TensorBoard, W&B, trackio and what else accelerate has a tracker for; close it at the end.
+
+    Args:
+        names: those of accelerate.
+        run: name of the run.
+        directory: of those that write files.
+        config: what the run is, as plain data.
+    Raises:
+        ValueError: for a name that accelerate does not have.
+        ImportError: for a tracker that is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], run: str, directory: Path, config: Mapping[str, Any]) -> None:
+        self._trackers: list[Any] = []
+        if not names:
+            return
+        tracking = optional("accelerate.tracking", "a tracker", "diffusers")
+        for name in names:
+            kind = tracking.LOGGER_TYPE_TO_CLASS.get(name)
+            if kind is None:
+                known = ", ".join(sorted(tracking.LOGGER_TYPE_TO_CLASS))
+                raise ValueError(f"trackers: got {name!r}, expected some of {known}")
+            try:
+                tracker = kind(run, *([directory] if kind.requires_logging_directory else []))
+                tracker.start()
+            except ImportError as error:
+                raise ImportError(f"the tracker {name} is not installed: pip install {name} ({error})") from error
+            tracker.store_init_configuration(_flat(config))
+            self._trackers.append(tracker)
+
+    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """The metrics after a step."""
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Write out what is left."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | int | bool]:
+    """Nested settings under dotted names, as trackers take them."""
+    flat: dict[str, str | float | int | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (str, float, int, bool)) else str(value)
+    return flat
 
 
 class Progress:

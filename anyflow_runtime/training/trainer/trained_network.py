@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ..config import EmaSettings, OptimiserSettings, Phase
 from .ema import EMA
-from .parallel import average_gradients, drop_gathered, gradient_norm, local_part
+from .parallel import average_gradients, drop_gathered, gradient_norm
 
 
 class TrainedNetwork:
@@ -127,55 +127,37 @@ class TrainedNetwork:
             yield
         self.publish()
 
-    def state_dict(self) -> dict[str, Any]:
-        """This process's part of everything that training changes, not copied."""
-        moments = self.optimiser.state
-        return {
-            "weights": {name: local_part(p.detach()) for name, p in self.masters.items()},
-            "frozen": {name: local_part(p.detach()) for name, p in self.frozen.items()},
-            "optimiser": {
-                name: {key: local_part(value) for key, value in moments[p].items()}
-                for name, p in self.masters.items()
-                if p in moments
-            },
-            "average": None if self.average is None else _local(self.average.state_dict()),
-        }
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name ("weights/...", "optimiser/exp_avg/..."), not copied: what is
+        written into these tensors is the network's new state, once `publish` has been called.
+        """
+        state = {f"weights/{name}": p.detach() for name, p in self.masters.items()}
+        state |= {f"frozen/{name}": p.detach() for name, p in self.frozen.items()}
+        for name, p in self.masters.items():
+            state |= {f"optimiser/{key}/{name}": value for key, value in self.optimiser.state.get(p, {}).items()}
+        if self.average is not None:
+            state |= {f"average/{name}": shadow for name, shadow in self.average.state_dict().items()}
+        return state
 
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned on the same process of an equal run.
+    def expect_state(self, names: Set[str]) -> None:
+        """Make room for a state of these names: moments of what has been stepped there.
 
         Raises:
             ValueError: if its parameters are not those of this network.
         """
-        for name, own in (("weights", self.masters), ("frozen", self.frozen)):
-            differing = sorted(set(state[name]) ^ set(own))
-            if differing:
-                raise ValueError(f"checkpoint: {name} differ: {differing[:3]} ({len(differing)} in all)")
-            for key, value in state[name].items():
-                local_part(own[key]).copy_(value)
-        for key, moments in state["optimiser"].items():
-            parameter = self.masters[key]
-            self.optimiser.state[parameter] = {
-                entry: value.clone() if value.dim() == 0 else _like(parameter, value)
-                for entry, value in moments.items()
-            }
-        if self.average is not None:
-            for key, value in state["average"].items():
-                local_part(self.average.shadow[key]).copy_(value)
-        self.publish()
+        for name in names:
+            if name.startswith("optimiser/"):
+                _, key, parameter = name.split("/", 2)
+                master = self.masters.get(parameter)
+                if master is not None:
+                    # AdamW counts steps in a scalar on the CPU.
+                    moment = torch.zeros(()) if key == "step" else torch.zeros_like(master)
+                    self.optimiser.state[master][key] = moment
+        differing = sorted(names ^ set(self.state_dict()))
+        if differing:
+            raise ValueError(f"checkpoint: its state differs: {differing[:3]} ({len(differing)} in all)")
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     wide = torch.promote_types(parameter.dtype, torch.float32)
     return parameter if parameter.dtype == wide else nn.Parameter(parameter.detach().to(wide))
-
-
-def _local(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: local_part(tensor) for name, tensor in tensors.items()}
-
-
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    moment = torch.zeros_like(parameter)
-    local_part(moment).copy_(value)
-    return moment

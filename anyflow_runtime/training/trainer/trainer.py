@@ -7,12 +7,13 @@ phase `phase-N-OBJECTIVE/` with the averaged weights as a model directory, and a
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from torch import Tensor
 
 from ...files import write_json
 from ...parallel import process_group
@@ -20,14 +21,14 @@ from ...signals import StopRequest
 from .. import distributed
 from ..config import TrainConfig, config_from_dict, config_to_dict
 from ..data.open import open_source
-from ..progress import MetricsFile, Progress, is_loss
-from .checkpoint import load_checkpoint, save_checkpoint
+from ..progress import MetricsFile, Progress, Trackers, is_loss
+from .checkpoint import latest_checkpoint, load_tensors, save_checkpoint, tensor_names
 from .networks import Networks
 from .parallel import use_fsdp
 from .phase import NonFiniteLoss, TrainingPhase
 from .samples import open_samples, plot_losses
 
-FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_vae", "plot")
+FREE_TO_CHANGE = ("log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "sample_vae", "plot", "trackers")
 
 
 def train(config: TrainConfig, out: str | Path, stream: TextIO | None = None) -> Path:
@@ -59,28 +60,32 @@ class _Run:
         self.samples = open_samples(config, self.source, out / "samples")
 
     def run(self) -> Path:
-        content = load_checkpoint(self.checkpoints)
+        latest = latest_checkpoint(self.checkpoints)
+        directory, content = (None, None) if latest is None else latest
         self._claim_directory(content)
         networks = Networks(self.config, self.device, self.sharded)
         self._check_data(networks.student)
         done, phase = 0, self._phase(0 if content is None else content["phase"], networks)
-        if content is not None:
+        if directory is not None and content is not None:
             done = content["step"]
-            for name, network in phase.trained.items():
-                network.load_state_dict(content["networks"][name])
+            self._load(directory, phase)
             self._say(f"continuing after step {done}")
             if self._ends_phase(done) and not self._phase_directory(phase.index).is_dir():
                 self._export(phase)
         stop = StopRequest(lambda: self._say("stopping after this step; once more stops at once and loses it"))
-        with stop.taken():
-            phase = self._steps(done, phase, networks, stop)
+        names = self.config.trackers if self.leads else ()
+        trackers = Trackers(names, self.config.name, self.out / "trackers", config_to_dict(self.config))
+        with closing(trackers), stop.taken():
+            phase = self._steps(done, phase, networks, trackers, stop)
         model = self.out / "model"
         with phase.trained["student"].averaged():
             networks.export(model)
         self._say(f"model: {model}")
         return model
 
-    def _steps(self, done: int, phase: TrainingPhase, networks: Networks, stop: StopRequest) -> TrainingPhase:
+    def _steps(
+        self, done: int, phase: TrainingPhase, networks: Networks, trackers: Trackers, stop: StopRequest
+    ) -> TrainingPhase:
         """All steps from `done` on; the last phase. A wish to stop is granted after a checkpoint."""
         metrics = MetricsFile(self.out / "metrics.jsonl", done) if self.leads else None
         progress = Progress(done, self.config.iterations, self.stream)
@@ -93,6 +98,7 @@ class _Run:
             done = step + 1
             if metrics is not None and (done % self.config.log_every == 0 or self._ends_phase(done)):
                 metrics.write({"step": step, "phase": index, **values})
+                trackers.log(step, values)
                 progress.show(done, {key: value for key, value in values.items() if is_loss(key)})
             if done % self.config.checkpoint_every == 0 or self._ends_phase(done):
                 self._save(phase, done)
@@ -119,13 +125,17 @@ class _Run:
         return TrainingPhase(self.config, index, networks, self.source, self.device, self.sharded)
 
     def _save(self, phase: TrainingPhase, done: int) -> None:
-        content = {
-            "step": done,
-            "phase": phase.index,
-            "config": json.dumps(config_to_dict(self.config)),
-            "networks": {name: network.state_dict() for name, network in phase.trained.items()},
-        }
-        save_checkpoint(self.checkpoints, done, content, self.config.keep_checkpoints)
+        run = {"step": done, "phase": phase.index, "config": config_to_dict(self.config)}
+        save_checkpoint(self.checkpoints, done, run, _tensors(phase), self.config.keep_checkpoints)
+
+    def _load(self, directory: Path, phase: TrainingPhase) -> None:
+        names = tensor_names(directory)
+        for network, trained in phase.trained.items():
+            own = f"{network}/"
+            trained.expect_state({name.removeprefix(own) for name in names if name.startswith(own)})
+        load_tensors(directory, _tensors(phase))
+        for trained in phase.trained.values():
+            trained.publish()
 
     def _export(self, phase: TrainingPhase) -> None:
         with phase.trained["student"].averaged():
@@ -144,7 +154,7 @@ class _Run:
         own = config_to_dict(self.config)
         if content is not None:
             # Keys that the config did not have yet when the run began stand at their defaults.
-            stored = config_to_dict(config_from_dict(json.loads(content["config"])))
+            stored = config_to_dict(config_from_dict(content["config"]))
             differing = [key for key in own if key not in FREE_TO_CHANGE and own[key] != stored[key]]
             if differing:
                 raise ValueError(f"{self.out}: holds a run with another {differing}; expected the same config to go on")
@@ -167,3 +177,11 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.leads:
             print(text, file=self.stream, flush=True)
+
+
+def _tensors(phase: TrainingPhase) -> dict[str, Tensor]:
+    return {
+        f"{network}/{name}": tensor
+        for network, trained in phase.trained.items()
+        for name, tensor in trained.state_dict().items()
+    }
