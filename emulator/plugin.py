@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -35,6 +36,7 @@ def configure(config: pytest.Config) -> None:
     from .launch import emulate
 
     active = emulate(TARGETS[target], config.getoption("--emulate-seed"))
+    config.pluginmanager.register(_Report(config))
 
 
 def skip(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,9 +49,33 @@ def skip(config: pytest.Config, items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"needs --emulate {wanted}"))
 
 
-def summary() -> str | None:
-    """One line for the end of a run."""
-    if active is None or not active.launches:
-        return None
-    notes = "".join(f"; {count} times: {what}" for what, count in sorted(active.statistics.notes.items()))
-    return f"emulated {active.launches} launches, {active.statistics.instructions:,} warp instructions{notes}"
+class _Report:
+    """One line at the end of a run: what the emulator did, in this process and in the workers of pytest-xdist."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._output = getattr(config, "workeroutput", None)
+        self._totals: Counter[str] = Counter()
+        self._notes: Counter[str] = Counter()
+
+    def _own(self) -> tuple[dict[str, int], dict[str, int]]:
+        assert active is not None
+        totals = {"launches": active.launches, "warp instructions": active.statistics.instructions}
+        return totals, dict(active.statistics.notes)
+
+    def pytest_sessionfinish(self) -> None:
+        if self._output is not None:
+            self._output["emulated"] = self._own()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        totals, notes = node.workeroutput.get("emulated", ({}, {})) if hasattr(node, "workeroutput") else ({}, {})
+        self._totals.update(totals)
+        self._notes.update(notes)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        totals, notes = self._own()
+        self._totals.update(totals)
+        self._notes.update(notes)
+        line = ", ".join(f"{count:,} {what}" for what, count in self._totals.items())
+        line += "".join(f"; {count} times: {what}" for what, count in sorted(self._notes.items()))
+        terminalreporter.write_line(f"emulated {line}")

@@ -41,11 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
     plugin.configure(config)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if line := plugin.summary():
-        terminalreporter.write_line(line)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     plugin.skip(config, items)
     skip_gpu = pytest.mark.skip(reason="needs a CUDA device")
