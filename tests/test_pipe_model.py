@@ -117,6 +117,25 @@ def test_bounds():
     assert one.expected == one.serial and model(code, TEN_TO_ONE, warps=4, blocks=2, products=needed).expected == 8 / 32
 
 
+def test_a_partition_that_issues_products_is_one_warp():
+    """Of a warp-specialised kernel of sm_100: its products run beside the exponentials of another partition's loop."""
+    code = sass(
+        "BRX R10 -0x10",
+        "UMOV UR13, 0x8100490",  # 10: 128 x 64
+        "UTCHMMA gdesc[UR14], gdesc[UR56], tmem[UR40], tmem[UR12], idesc[UR13], UPT",
+        "@P0 BRA 0x10",
+        "EXIT",
+        *["MUFU.EX2 R4, R5"] * 3,  # 50
+        "@P1 BRA 0x50",
+        "EXIT",
+    )
+    both = model(code, CHIPS["B200"], warps=8, products=128 * 64 * 16)
+    assert both.cycles["tensor"] == 32 and both.cycles["mufu"] == 3 * 8 * 32 / 16
+    assert both.cycles["issue"] == (1 * 3 + 8 * 4) / 4
+    # The longest partition waits for its operands, 48 cycles, after its own three instructions.
+    assert (both.redundancy, both.bound, both.serial) == (1.0, 32 / 48, 32 / 48.75)
+
+
 def test_products_computed_twice_are_no_work():
     code = sass(HMMA, HMMA, "@P0 BRA 0x0", "EXIT")
     twice = model(code, TEN_TO_ONE, warps=4, products=4 * 16 * 8 * 16)

@@ -35,7 +35,7 @@ def _far_attention_forward_kernel(
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     heads, num_queries, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     q_strides = (stride_qb, stride_ql, stride_qh)
     k_strides = (stride_kb, stride_kl, stride_kh)
@@ -64,7 +64,7 @@ def _far_attention_forward_kernel(
             k_start = tl.load(ranges_ptr + 2 * r)
             k_end = tl.load(ranges_ptr + 2 * r + 1)
             k_full = k_start + (k_end - k_start) // BLOCK_N * BLOCK_N
-            for n in range(k_start, k_full, BLOCK_N):
+            for n in tl.range(k_start, k_full, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
                 k_tile = load_rows(k, i_b, i_h, n, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
                 v_tile = load_rows(v, i_b, i_h, n, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, False, DESCRIPTORS)
                 acc, denominator, maximum = softmax_step(
@@ -183,6 +183,7 @@ def launch_forward(
             num_queries,
             scale / LN2.value,
             **constants(config, head_dim),
+            WARP_SPECIALIZE=config.warp_specialize,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -47,13 +47,14 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
         return "fp32" if name.startswith("scale") else "i32"
 
     names = kernel.arg_names
+    constexprs = constants(config, head_dim) | {"WARP_SPECIALIZE": config.warp_specialize}
     tile_products = _PRODUCTS.get(kernel.fn.__name__, 0) * (3 if config.itemsize == 4 else 1)
     walked = config.block_m if kernel is _far_attention_dkdv_kernel else config.block_n
     return AotCase(
         kernel,
         shape,
         {name: argument(name) for name in names if not name.isupper()},
-        {name: value for name, value in constants(config, head_dim).items() if name in names},
+        {name: value for name, value in constexprs.items() if name in names},
         config.num_warps,
         config.num_stages,
         tensor_cores=True,
@@ -69,7 +70,8 @@ def attention_cases(kernel: Any, table: tuple[AttentionConfig, ...], arch: int) 
     """A kernel under every row of its table, at the released models' shapes where it serves those, else at its own."""
     cases = []
     for row in rows_for(table, arch):
-        shapes = [f"{_TYPES[row.itemsize]} d{row.head_dim}{'' if row.descriptors else ' pointers'}"]
+        way = " specialised" if row.warp_specialize else "" if row.descriptors else " pointers"
+        shapes = [f"{_TYPES[row.itemsize]} d{row.head_dim}{way}"]
         if row == attention_row(table, arch, 128, 2):
             shapes = [f"{name} {shapes[0]}" for name in MODELS]
         cases += [replace(attention_case(kernel, row, shape, row.head_dim), bound=row.bound) for shape in shapes]
