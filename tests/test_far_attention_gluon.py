@@ -171,7 +171,7 @@ class Machine:
                 arrive=lambda barrier, count: barrier.update(arrivals=count),
                 expect=lambda barrier, size: barrier.update(arrivals=1, expected=int(size)),
             ),
-            "tma": types.SimpleNamespace(async_copy_global_to_shared=self.copy),
+            "async_load": self.copy,
             "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: Product(a, b, acc, use_acc),
             "warpgroup_mma_wait": self.wait_products,
             "fence_async_shared": lambda: None,

@@ -32,6 +32,8 @@ from ..launch_configs import AttentionConfig, rows_for
 from .attention_tiles import LN2, describable, row_strides, scheduled
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, Runs, decode
 
+# Triton 3.6 and 3.7 have it by its old name alone, later ones by the new alone.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 ROWS = gl.constexpr(64)  # queries of a warpgroup: one wgmma is 64 rows high
 
 
@@ -60,7 +62,7 @@ def _load_tiles(
             mbarrier.wait(q_empty.index(part), (count & 1) ^ 1)
             mbarrier.expect(q_full.index(part), ROWS * HEAD_DIM * 2)
             row = q_start + part * ROWS
-            tma.async_copy_global_to_shared(q, [i_b, i_h, row, 0], q_full.index(part), q_tiles.index(part))
+            async_load(q, [i_b, i_h, row, 0], q_full.index(part), q_tiles.index(part))
         for r in range(first_range, last_range):
             k_start = gl.load(ranges_ptr + 2 * r)
             k_end = gl.load(ranges_ptr + 2 * r + 1)
@@ -70,10 +72,10 @@ def _load_tiles(
                 phase = (step // STAGES) & 1
                 mbarrier.wait(k_empty.index(stage), phase ^ 1)
                 mbarrier.expect(k_full.index(stage), BLOCK_N * HEAD_DIM * 2)
-                tma.async_copy_global_to_shared(k, [i_b, i_h, row, 0], k_full.index(stage), k_tiles.index(stage))
+                async_load(k, [i_b, i_h, row, 0], k_full.index(stage), k_tiles.index(stage))
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
                 mbarrier.expect(v_full.index(stage), BLOCK_N * HEAD_DIM * 2)
-                tma.async_copy_global_to_shared(v, [i_b, i_h, row, 0], v_full.index(stage), v_tiles.index(stage))
+                async_load(v, [i_b, i_h, row, 0], v_full.index(stage), v_tiles.index(stage))
                 step += 1
         count += 1
 
