@@ -70,7 +70,8 @@ def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str
 
     if not isinstance(case.kernel, triton.runtime.jit.JITFunction):
         raise RuntimeError("compile_case: the kernels were imported under TRITON_INTERPRET=1; start Python without it")
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    pdl = case.constexprs.get("PDL", False)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "launch_pdl": pdl, **case.options}
     compiled = triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=options)
     resources, sass = _disassemble(compiled.asm["cubin"])
     instructions = Counter(instruction.opcode.split(".")[0] for instruction in parse(sass))
@@ -96,6 +97,8 @@ def compile_case(case: AotCase, arch: int, chip: Chip | None = None) -> dict[str
         "num_stages": case.num_stages,
     }
     row["problems"] = _problems(case, arch, row)
+    if options["launch_pdl"] and not _waits_first(compiled.asm["ptx"]):
+        row["problems"].append("touches global memory before griddepcontrol.wait")
     try:
         pipes = model(
             sass,
@@ -153,6 +156,12 @@ def _fma_dots(ttgir: str) -> int:
     """Matrix products whose result is in a blocked layout: those run on FMA units."""
     dots = [line for line in ttgir.splitlines() if " tt.dot " in line]
     return sum("#blocked" in line.rsplit("->", 1)[-1] for line in dots)
+
+
+def _waits_first(ptx: str) -> bool:
+    """True if griddepcontrol.wait precedes every access to global memory."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return bool(wait) and not re.search(r"\b(ld|st|atom|red|cp\.async)\.\S*global", before)
 
 
 def _occupancy(arch: int, registers: int, threads: int, shared: int, tensor_memory: int = 0) -> tuple[int, str]:

@@ -36,14 +36,22 @@ KEYS = {
     "problems",
 }
 # A spilling tile, a product in FMA units, more shared memory than the chip has, mma.sync where wgmma belongs, products
-# that 8 warps compute 1.5 times, and a row that claims more than its kernel can reach.
+# that 8 warps compute 1.5 times, a row that claims more than its kernel can reach, and a load before the wait for the
+# kernel in front.
 BAD_KERNELS = """
 import importlib, json
 from dataclasses import replace
 import triton, triton.language as tl
 from anyflow_kernels import aot, launch_configs
 from anyflow_kernels.aot_case import AotCase
+from anyflow_kernels.triton_ops.dependent_launch import wait_for_predecessor
 from anyflow_kernels.triton_ops.far_attention_cases import attention_case
+
+@triton.jit
+def early(a_ptr, b_ptr, PDL: tl.constexpr):
+    x = tl.load(a_ptr)
+    wait_for_predecessor(PDL)
+    tl.store(b_ptr, x)
 
 @triton.jit
 def product(a, b, c, PRECISION: tl.constexpr):
@@ -66,6 +74,7 @@ cases = {
     "claim": replace(attention(block_n=64, descriptors=False), bound=100),
     "fma": AotCase(product, "bad", fp32, {"PRECISION": "ieee"}, tensor_cores=True),
     "mma": AotCase(product, "bad", {**fp32, "a": "*bf16", "b": "*bf16"}, {"PRECISION": "tf32"}, requires="HGMMA"),
+    "early": AotCase(early, "bad", {"a_ptr": "*fp32", "b_ptr": "*fp32"}, {"PDL": True}),
 }
 print(json.dumps({name: aot.compile_case(case, 90)["problems"] for name, case in cases.items()}))
 """
@@ -121,6 +130,7 @@ def test_bad_kernels_are_rejected(tmp_path):
     assert problems["mma"] == ["no HGMMA"]
     assert problems["twice"] == ["1.50 times the matrix products that the tile needs"]
     assert problems["claim"] == ["bound 90%, its row says 100 %"]
+    assert problems["early"] == ["touches global memory before griddepcontrol.wait"]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="about the interpreter")

@@ -19,6 +19,7 @@ from triton.runtime.driver import driver as triton_driver
 from anyflow_kernels import AttentionPlan, launch_configs
 from anyflow_kernels.reference import plan_mask
 from anyflow_kernels.triton_ops import attention_tiles, far_attention_gluon
+from anyflow_kernels.triton_ops.dependent_launch import dependent_launch
 from anyflow_kernels.triton_ops.rms_norm import _rms_norm_kernel
 from anyflow_kernels.triton_ops.tile_schedule import encode
 from emulator.driver import Driver, Launch
@@ -52,7 +53,8 @@ def attention(arch: int, descriptors: bool) -> None:
 def rms_norm(x: torch.Tensor) -> None:
     """Five rows of 1000 channels, a block of 1024 by four warps each."""
     y, weight = torch.empty(x.shape), torch.ones(1000)
-    _rms_norm_kernel[(5,)](x, weight, y, len(x), x.stride(0), 1e-6, D=1000, ROWS=1, BLOCK_D=1024, num_warps=4)
+    options = {"D": 1000, "ROWS": 1, "BLOCK_D": 1024, "num_warps": 4, **dependent_launch(90)}
+    _rms_norm_kernel[(5,)](x, weight, y, len(x), x.stride(0), 1e-6, **options)
 
 
 def gluon_attention(module) -> None:
@@ -131,6 +133,7 @@ PTX_FAULTS: dict[str, tuple[str, str, str, int | None, str]] = {
         "norm", r"(ld\.global\S*v4\.b32 .*\+ )0 \]", r"\g<1>4 ]", None, "misaligned global access, 16 bytes",
     ),
     "two blocks write one row": ("norm", r"%ctaid\.x", "0", None, "conflict in global memory: write by block"),
+    "no wait for the kernel before": ("norm", r"griddepcontrol\.wait;", "", None, "before griddepcontrol.wait"),
     "no wait for cp.async": ("attention, cp.async", r"cp\.async\.wait_group\s+\d+;", "", None, "race in shared memory"),
     "no barrier before a stage is written again": ("attention, cp.async", BARRIER, "", None, "race in shared memory"),
     "no wait for wgmma": ("attention, wgmma", r"wgmma\.wait_group\S* \d+;", "", None, "wgmma"),

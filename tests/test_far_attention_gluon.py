@@ -174,7 +174,7 @@ class Machine:
             "async_load": self.copy,
             "warpgroup_mma": lambda a, b, acc, use_acc=True, is_async=False: Product(a, b, acc, use_acc),
             "warpgroup_mma_wait": self.wait_products,
-            "fence_async_shared": lambda: None,
+            **dict.fromkeys(("fence_async_shared", "gdc_launch_dependents", "gdc_wait"), lambda: None),
         }
 
     @staticmethod

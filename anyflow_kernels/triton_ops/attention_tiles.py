@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_configs import AttentionConfig, attention_programs
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .tile_schedule import END, HEAD, MERGE, SLOT, SLOTS, START, Schedule, query_schedule
 
 LN2 = tl.constexpr(math.log(2.0))
@@ -77,9 +78,10 @@ def softmax_step(acc, denominator, maximum, q, k, v, scale_log2, valid, EDGE: tl
 def _far_attention_merge_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, merges_ptr,
     heads, num_queries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one tile, weighted by exp(lse_part - lse)."""
+    wait_for_predecessor(PDL)
     merge = merges_ptr + tl.program_id(0) * MERGE
     i_bh = tl.load(merge + HEAD)
     q_start = tl.load(merge + START)
@@ -146,15 +148,17 @@ def scheduled(
     partial_lse = q.new_empty(schedule.slots, config.block_m, dtype=torch.float32)
     tables = (schedule.starts, schedule.items, schedule.ranges)
     launch(schedule.programs, out, lse, partial, partial_lse, *tables)
-    merge(out, lse, partial, partial_lse, schedule, config.block_m)
+    merge(out, lse, partial, partial_lse, schedule, config)
     return out, lse
 
 
-def merge(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedule: Schedule, block_m: int) -> None:
+def merge(
+    out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedule: Schedule, config: AttentionConfig
+) -> None:
     """Write the tiles whose keys were split, from their partial results."""
     if schedule.slots == 0:
         return
-    _far_attention_merge_kernel[(schedule.merges.shape[0], block_m // MERGE_ROWS)](
+    _far_attention_merge_kernel[(schedule.merges.shape[0], config.block_m // MERGE_ROWS)](
         out,
         lse,
         partial,
@@ -164,9 +168,10 @@ def merge(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor, schedu
         out.shape[1],
         HEAD_DIM=out.shape[3],
         BLOCK_D=triton.next_power_of_2(max(out.shape[3], 16)),
-        BLOCK_M=block_m,
+        BLOCK_M=config.block_m,
         ROWS=MERGE_ROWS,
         num_warps=4,
+        **dependent_launch(config.arch),
     )
 
 

@@ -24,6 +24,7 @@ from ..far_layout import AttentionPlan
 from ..launch_configs import AttentionConfig, attention_row
 from ..launch_configs.tuned import Key, choice_for, declined, tuned_row
 from .attention_tiles import LN2, constants, describable, describe, load_rows, row_strides, scheduled, softmax_step
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .far_attention_library import LIBRARIES, library_forward, refused, unproven
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, PHANTOM_KEYS, RANGES, SLOT, START, decode, encode
 
@@ -35,8 +36,9 @@ def _far_attention_forward_kernel(
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     heads, num_queries, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(PDL)
     q_strides = (stride_qb, stride_ql, stride_qh)
     k_strides = (stride_kb, stride_kl, stride_kh)
     v_strides = (stride_vb, stride_vl, stride_vh)
@@ -186,6 +188,7 @@ def launch_forward(
             WARP_SPECIALIZE=config.warp_specialize,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **dependent_launch(config.arch),
         )
 
     return scheduled(q, flat, phantom_keys, config, launch)

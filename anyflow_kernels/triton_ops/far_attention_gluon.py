@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .. import launch_configs
 from ..aot_case import MODELS, AotCase
@@ -221,6 +222,9 @@ def _far_attention_gluon_kernel(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
+    # The other warps start behind this, so they have waited too.
+    gdc_launch_dependents()
+    gdc_wait()
 
     tiles = (q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tables = (starts_ptr, items_ptr, ranges_ptr)
@@ -280,6 +284,7 @@ def launch_gluon(
             BLOCK_N=config.block_n,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
+            launch_pdl=True,
         )
 
     return scheduled(q, flat, phantom_keys, config, launch)
@@ -328,4 +333,5 @@ def _case(config: AttentionConfig, shape: str) -> AotCase:
         products=2 * 2 * ROWS.value * config.block_n * config.head_dim,
         loaded=2 * config.block_n * config.head_dim * 2,
         per_multiprocessor=1,
+        options={"launch_pdl": True},
     )

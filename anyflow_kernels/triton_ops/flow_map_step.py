@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot_case import AotCase, argument_types
-from ..launch_configs import architecture, element_tile
+from ..launch_configs import architecture, element_tile, pdl
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .frame_tiles import check_dtype
 
 
@@ -42,7 +43,9 @@ def _flow_map_step_kernel(
     step: tl.float64,  # a Python float would be fp32
     guidance: tl.float64,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     i_n = tl.program_id(1).to(tl.int64)  # a frame of a sample, or all of it if no noise level is per frame
     i_b, i_f = i_n // rows_per_batch, i_n % rows_per_batch
     if sigma_t_ptr is not None:
@@ -78,7 +81,8 @@ def _launch(
     lead = x.shape[:dims]
     num_rows, rows_per_batch = math.prod(lead), lead[1] if dims == 2 else 1
     row_size = math.prod(x.shape[dims:])
-    tile = element_tile("flow_map_step", architecture(x.device), x.dtype)
+    arch = architecture(x.device)
+    tile = element_tile("flow_map_step", arch, x.dtype)
     if out.numel():
         with torch.cuda.device_of(x):
             _flow_map_step_kernel[(triton.cdiv(row_size, tile.columns), num_rows)](
@@ -97,6 +101,7 @@ def _launch(
                 BLOCK=tile.columns,
                 num_warps=tile.num_warps,
                 enable_fp_fusion=False,
+                **dependent_launch(arch),
             )
     return out
 
@@ -184,7 +189,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         fp64=("sigma_t_ptr", "sigma_r_ptr", "step", "guidance"),
         absent=("sigma_t_stride_f", "sigma_r_stride_f"),
     )
-    constexprs = {"BLOCK": tile.columns, "sigma_t_stride_f": 1, "sigma_r_stride_f": 1}
+    constexprs = {"BLOCK": tile.columns, "PDL": pdl(arch), "sigma_t_stride_f": 1, "sigma_r_stride_f": 1}
     divisible = ("row_size",)  # 16 * 60 * 104 latents of a frame
     options = {"enable_fp_fusion": False}
     case = AotCase(_flow_map_step_kernel, "chunk", types, constexprs, divisible=divisible, options=options)

@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot_case import MODELS, AotCase, bf16_case
-from ..launch_configs import architecture, row_tile
+from ..launch_configs import architecture, pdl, row_tile
 from ..operations import FrameMap
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .frame_tiles import RUNS, check_dtype, count_tiles, dense_rows, locate_tile, run_groups, strides_2d
 from .gated_residual_layer_norm_backward import backward
 
@@ -63,7 +64,9 @@ def _gated_residual_layer_norm_kernel(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     i_b = tl.program_id(1).to(tl.int64)
     i_f, start, end = locate_tile(tl.program_id(0), frames_0, tokens_0, frames_1, tokens_1, frames_2, tokens_2, ROWS)
     i_l = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
@@ -116,7 +119,8 @@ def _launch(
     batch, length, width = x.shape
     y = x.new_empty(batch, length, width)
     x_new = None if branch is None else torch.empty_like(y)
-    tile = row_tile("gated_residual_layer_norm", architecture(x.device), width, x.dtype)
+    arch = architecture(x.device)
+    tile = row_tile("gated_residual_layer_norm", arch, width, x.dtype)
     for token, tokens, frame, runs in run_groups(frame_map):
         if batch * tokens == 0:
             continue
@@ -141,6 +145,7 @@ def _launch(
                 ROWS=tile.rows,
                 BLOCK_D=triton.next_power_of_2(width),
                 num_warps=tile.num_warps,
+                **dependent_launch(arch),
             )
     return x_new, y
 
@@ -254,7 +259,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     for model, size in MODELS.items():
         width = size["dim"]
         tile = row_tile("gated_residual_layer_norm", arch, width)
-        constexprs = {"D": width, "ROWS": tile.rows, "BLOCK_D": triton.next_power_of_2(width)}
+        constexprs = {"D": width, "ROWS": tile.rows, "BLOCK_D": triton.next_power_of_2(width), "PDL": pdl(arch)}
         cases += [
             bf16_case(_gated_residual_layer_norm_kernel, f"{model} {use}", constexprs, tile.num_warps, fp32, absent)
             for use, absent in _USES.items()

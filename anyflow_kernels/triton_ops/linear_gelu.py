@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot_case import MODELS, AotCase, bf16_case
-from ..launch_configs import architecture, element_tile, linear_gelu_way
+from ..launch_configs import architecture, element_tile, linear_gelu_way, pdl
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .frame_tiles import check_dtype, sum_all
 
 
@@ -38,7 +39,12 @@ def _gate(h):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _bias_gelu_kernel(h_ptr, bias_ptr, y_ptr, num_rows, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _bias_gelu_kernel(
+    h_ptr, bias_ptr, y_ptr,
+    num_rows,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
     i_m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     c = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (i_m < num_rows) & (c < N)  # [ROWS, BLOCK_N]
@@ -84,7 +90,8 @@ def _launch(h: Tensor, bias: Tensor | None) -> Tensor:
     h = h.contiguous()
     y = torch.empty_like(h)
     num_rows, width = h.shape
-    tile = element_tile("bias_gelu", architecture(h.device), h.dtype)
+    arch = architecture(h.device)
+    tile = element_tile("bias_gelu", arch, h.dtype)
     if y.numel():
         grid = (triton.cdiv(num_rows, tile.rows), triton.cdiv(width, tile.columns))
         with torch.cuda.device_of(h):
@@ -97,6 +104,7 @@ def _launch(h: Tensor, bias: Tensor | None) -> Tensor:
                 ROWS=tile.rows,
                 BLOCK_N=tile.columns,
                 num_warps=tile.num_warps,
+                **dependent_launch(arch),
             )
     return y
 
@@ -178,7 +186,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     for model, size in MODELS.items():
         forward, backward = element_tile("bias_gelu", arch), element_tile("bias_gelu_backward", arch)
         name = f"{model} FFN"
-        constexprs = {"N": size["ffn"], "ROWS": forward.rows, "BLOCK_N": forward.columns}
+        constexprs = {"N": size["ffn"], "ROWS": forward.rows, "BLOCK_N": forward.columns, "PDL": pdl(arch)}
         cases.append(bf16_case(_bias_gelu_kernel, name, constexprs, forward.num_warps))
         constexprs = {"N": size["ffn"], "GROUP": backward.group, "ROWS": backward.rows, "BLOCK_N": backward.columns}
         cases.append(bf16_case(_bias_gelu_backward_kernel, name, constexprs, backward.num_warps, ("dbias_ptr",)))

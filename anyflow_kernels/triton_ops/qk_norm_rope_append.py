@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot_case import MODELS, AotCase, bf16_case
-from ..launch_configs import architecture, row_tile
+from ..launch_configs import architecture, pdl, row_tile
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .frame_tiles import check_dtype, dense_rows
 from .qk_norm_rope_append_backward import backward
 
@@ -70,7 +71,9 @@ def _qk_norm_rope_append_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     D: tl.constexpr = HEADS * HEAD_DIM
     i_l, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     h = tl.arange(0, BLOCK_H)[:, None]
@@ -116,7 +119,8 @@ def _launch(
     q = _empty_heads(qkv, heads)
     if q.numel() == 0:
         return q
-    tile = row_tile("qk_norm_rope_append", architecture(qkv.device), width // 3, qkv.dtype)
+    arch = architecture(qkv.device)
+    tile = row_tile("qk_norm_rope_append", arch, width // 3, qkv.dtype)
     with torch.cuda.device_of(qkv):
         _qk_norm_rope_append_kernel[(length, batch)](
             qkv,
@@ -140,6 +144,7 @@ def _launch(
             BLOCK_H=triton.next_power_of_2(heads),
             BLOCK_C=triton.next_power_of_2(head_dim),
             num_warps=tile.num_warps,
+            **dependent_launch(arch),
         )
     return q
 
@@ -248,6 +253,7 @@ def aot_cases(arch: int) -> list[AotCase]:
             "HEAD_DIM": head_dim,
             "BLOCK_H": triton.next_power_of_2(heads),
             "BLOCK_C": triton.next_power_of_2(head_dim),
+            "PDL": pdl(arch),
         }
         kernel, fp32 = _qk_norm_rope_append_kernel, ("cos_ptr", "sin_ptr", "eps")
         cases.append(bf16_case(kernel, f"{model} chunk", constexprs, tile.num_warps, fp32))

@@ -24,14 +24,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aot_case import MODELS, AotCase, bf16_case
-from ..launch_configs import architecture, row_tile
+from ..launch_configs import architecture, pdl, row_tile
+from .dependent_launch import dependent_launch, wait_for_predecessor
 from .frame_tiles import check_dtype, dense_rows, sum_all
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, y_ptr, num_rows, x_stride_n, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    x_ptr, weight_ptr, y_ptr,
+    num_rows, x_stride_n, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
     i_n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # [ROWS, 1]
     c = tl.arange(0, BLOCK_D)[None, :]
     mask_c = c < D
@@ -81,7 +85,8 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     rows = dense_rows(x.reshape(-1, width))
     y = x.new_empty(x.shape)
-    tile = row_tile("rms_norm", architecture(x.device), width, x.dtype)
+    arch = architecture(x.device)
+    tile = row_tile("rms_norm", arch, width, x.dtype)
     if y.numel():
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(triton.cdiv(rows.shape[0], tile.rows),)](
@@ -95,6 +100,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
                 ROWS=tile.rows,
                 BLOCK_D=triton.next_power_of_2(width),
                 num_warps=tile.num_warps,
+                **dependent_launch(arch),
             )
     return y
 
@@ -174,8 +180,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         block = {"D": width, "BLOCK_D": triton.next_power_of_2(width)}
         forward, backward = row_tile("rms_norm", arch, width), row_tile("rms_norm_backward", arch, width)
         name, sums = f"{model} cross-attention", ("eps", "dweight_ptr")
+        rows = block | {"ROWS": forward.rows, "PDL": pdl(arch)}
         cases += [
-            bf16_case(_rms_norm_kernel, name, block | {"ROWS": forward.rows}, forward.num_warps, ("eps",)),
+            bf16_case(_rms_norm_kernel, name, rows, forward.num_warps, ("eps",)),
             bf16_case(_rms_norm_backward_kernel, name, block | {"GROUP": backward.rows}, backward.num_warps, sums),
         ]
     return cases
