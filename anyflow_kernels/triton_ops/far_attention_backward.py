@@ -26,12 +26,12 @@ from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_delta_kernel(
-    out_ptr, grad_ptr, delta_ptr,
+    out_ptr, grad_ptr, lse_ptr, statistics_ptr,
     stride_gb, stride_gl, stride_gh,
     heads, num_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dout * out), for ROWS queries of one head."""
+    """(lse in base 2, delta = rowsum(dout * out)) of ROWS queries of one head, beside each other."""
     i_b = tl.program_id(1) // heads
     i_h = tl.program_id(1) % heads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -44,18 +44,23 @@ def _far_attention_delta_kernel(
     )
     out = tl.load(out_ptr + out_offsets, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
-    target = delta_ptr + tl.program_id(1).to(tl.int64) * num_queries + rows
-    tl.store(target, tl.sum(out * grad, 1), mask=rows < num_queries)
+    lse_row = lse_ptr + tl.program_id(1).to(tl.int64) * num_queries
+    lse = tl.load(lse_row + rows, mask=rows < num_queries, other=float("inf"))
+    target = statistics_ptr + tl.program_id(1).to(tl.int64) * (2 * num_queries + 2) + 2 * rows
+    tl.store(target, lse * LOG2E, mask=rows <= num_queries)
+    tl.store(target + 1, tl.sum(out * grad, 1), mask=rows <= num_queries)
 
 
 @triton.jit
-def _load_statistics(lse_ptr, delta_ptr, i_bh, first, end, num_queries, ROWS: tl.constexpr):
-    """lse in base 2 and delta of ROWS queries. From row `end` on lse is infinite, so that p is 0 there."""
+def _statistics(statistics_ptr, i_bh, first, end, num_queries, ROWS: tl.constexpr):
+    """Where lse in base 2 of ROWS queries stands, delta behind it.
+
+    From row `end` on it is the row behind the last one, of infinite lse, so that p is 0: masks instead would be a
+    comparison and a selection for each column of scores that a thread holds.
+    """
     rows = first + tl.arange(0, ROWS)
-    base = i_bh.to(tl.int64) * num_queries
-    lse = tl.load(lse_ptr + base + rows, mask=rows < end, other=float("inf"))
-    delta = tl.load(delta_ptr + base + rows, mask=rows < end, other=0.0)
-    return lse * LOG2E, delta
+    head = statistics_ptr + i_bh.to(tl.int64) * (2 * num_queries + 2)
+    return head + 2 * tl.where(rows < end, rows, num_queries)
 
 
 @triton.jit
@@ -71,7 +76,7 @@ def _dq_step(dq, q, grad, k, v, lse, delta, scale_log2, valid, EDGE: tl.constexp
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_dq_kernel(
-    q, k, v, grad, lse_ptr, delta_ptr, dq_ptr, starts_ptr, items_ptr, ranges_ptr,
+    q, k, v, grad, statistics_ptr, dq_ptr, starts_ptr, items_ptr, ranges_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_gb,
     stride_gl, stride_gh,
     heads, num_queries, scale, scale_log2,
@@ -99,7 +104,9 @@ def _far_attention_dq_kernel(
         grad_tile = load_rows(
             grad, i_b, i_h, q_start, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
         )
-        lse, delta = _load_statistics(lse_ptr, delta_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
+        pointers = _statistics(statistics_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
+        lse = tl.load(pointers)
+        delta = tl.load(pointers + 1)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for r in range(first_range, last_range):
             k_start = tl.load(ranges_ptr + 2 * r)
@@ -135,14 +142,12 @@ def store_rows(
 
 
 @triton.jit
-def _dkdv_step(dk, dv, k, v, q, grad, lse_row, delta_row, queries, q_end, scale_log2, PRECISION: tl.constexpr):
-    """One block of queries. lse and delta are loaded where they are used: each holds 16 registers in this layout."""
-    lse = tl.load(lse_row + queries, mask=queries < q_end, other=float("inf")) * LOG2E
+def _dkdv_step(dk, dv, k, v, q, grad, lse, delta, scale_log2, PRECISION: tl.constexpr):
+    """One block of queries."""
     scores = dot(k, q.T, None, PRECISION)  # [BLOCK_N, BLOCK_M]
     p = tl.exp2(scores * scale_log2 - lse[None, :])
     dv = dot(p.to(grad.dtype), grad, dv, PRECISION)
     dp = dot(v, grad.T, None, PRECISION)
-    delta = tl.load(delta_row + queries, mask=queries < q_end, other=0.0)
     ds = p * (dp - delta[None, :])
     dk = dot(ds.to(q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -150,7 +155,7 @@ def _dkdv_step(dk, dv, k, v, q, grad, lse_row, delta_row, queries, q_end, scale_
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _far_attention_dkdv_kernel(
-    q, k, v, grad, lse_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, ranges_ptr,
+    q, k, v, grad, statistics_ptr, dk_ptr, dv_ptr, items_ptr, ranges_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_gb,
     stride_gl, stride_gh,
     heads, num_queries, num_keys, scale, scale_log2,
@@ -170,8 +175,6 @@ def _far_attention_dkdv_kernel(
     last_range = first_range + tl.load(item + RANGES)
     i_b = i_bh // heads
     i_h = i_bh % heads
-    lse_row = lse_ptr + i_bh.to(tl.int64) * num_queries
-    delta_row = delta_ptr + i_bh.to(tl.int64) * num_queries
 
     k_tile = load_rows(k, i_b, i_h, k_start, k_end, k_strides, BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS)
     v_tile = load_rows(v, i_b, i_h, k_start, k_end, v_strides, BLOCK_N, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS)
@@ -188,10 +191,11 @@ def _far_attention_dkdv_kernel(
             grad_tile = load_rows(
                 grad, i_b, i_h, m, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
             )
-            queries = m + tl.arange(0, BLOCK_M)
-            dk, dv = _dkdv_step(
-                dk, dv, k_tile, v_tile, q_tile, grad_tile, lse_row, delta_row, queries, q_end, scale_log2, PRECISION
+            pairs = (
+                _statistics(statistics_ptr, i_bh, m, q_end, num_queries, BLOCK_M)[:, None] + tl.arange(0, 2)[None, :]
             )
+            lse, delta = tl.split(tl.load(pairs))
+            dk, dv = _dkdv_step(dk, dv, k_tile, v_tile, q_tile, grad_tile, lse, delta, scale_log2, PRECISION)
     store_rows(dk_ptr, dk * scale, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, dv, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
 
@@ -249,11 +253,12 @@ def launch_backward(
         return dq, dk.zero_(), dv.zero_()
     batch, num_queries, heads, head_dim = q.shape
     block_d = triton.next_power_of_2(max(head_dim, 16))
-    delta = torch.empty_like(lse)
-    _far_attention_delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), batch * heads)](
+    statistics = lse.new_empty(batch, heads, num_queries + 1, 2)
+    _far_attention_delta_kernel[(triton.cdiv(num_queries + 1, DELTA_ROWS), batch * heads)](
         out,
         grad,
-        delta,
+        lse,
+        statistics,
         *row_strides(grad),
         heads,
         num_queries,
@@ -276,8 +281,7 @@ def launch_backward(
         tensors = zip((q, k, v, grad), rows, strict=True)
         kernel[(schedule.programs,)](
             *(describe(x, n, block_d) if config.descriptors else x for x, n in tensors),
-            lse,
-            delta,
+            statistics,
             *targets,
             *tables,
             *sizes,

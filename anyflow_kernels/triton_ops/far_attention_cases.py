@@ -28,7 +28,7 @@ _PRODUCTS = {
 }
 _TILES = ((32, 64, 128), (32, 64, 128), (4, 8))  # queries, keys, warps
 _TYPES = {2: "bf16", 4: "fp32"}
-_FLOATS = ("lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr")
+_FLOATS = ("lse_ptr", "statistics_ptr", "partial_ptr", "partial_lse_ptr")
 _TABLES = ("starts_ptr", "items_ptr", "ranges_ptr", "merges_ptr")
 
 
