@@ -47,10 +47,10 @@ def attention_case(kernel: Any, config: AttentionConfig, shape: str, head_dim: i
         return "fp32" if name.startswith("scale") else "i32"
 
     names = kernel.arg_names
-    constexprs = constants(config, head_dim) | {"WARP_SPECIALIZE": config.warp_specialize}
     tile_products = _PRODUCTS.get(kernel.fn.__name__, 0) * (3 if config.itemsize == 4 else 1)
     walked = config.block_m if kernel is _far_attention_dkdv_kernel else config.block_n
-    constexprs = constants(config, head_dim) | {"PDL": launch_configs.pdl(config.arch)}
+    constexprs = constants(config, head_dim)
+    constexprs |= {"WARP_SPECIALIZE": config.warp_specialize, "PDL": launch_configs.pdl(config.arch)}
     return AotCase(
         kernel,
         shape,
