@@ -36,9 +36,12 @@ EMULATED := $(wildcard tests/test_*_triton.py) tests/test_far_attention_gluon.py
 emulate: $(STAMP)
 	for target in sm_80 sm_89 sm_90; do $(PY) -m pytest -n auto --emulate $$target $(EMULATED) $(PYTEST_ARGS) || exit 1; done
 
-QUICK := rollout_in_bf16
+# Every kernel forward and backward on mma.sync and on wgmma, and on sm_90 also a rollout, Gluon and planted faults.
+QUICK := slab_values or (bfloat16 and (appends_at or gradients_within_budget or gradients_in_half_precision))
+QUICK_HOPPER := rollout_in_bf16 or (compiled_kernel and d128 and bfloat16 and gaps) or test_fault
 emulate-quick: $(STAMP)
-	$(PY) -m pytest -n auto --emulate sm_90 -k "$(QUICK)" $(EMULATED) $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --emulate sm_80 -k "$(QUICK)" $(EMULATED) $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --emulate sm_90 -k "$(QUICK) or $(QUICK_HOPPER)" $(EMULATED) $(PYTEST_ARGS)
 
 check: $(STAMP) cuda-check aot-check
 	$(PY) -m ruff check $(CODE)
