@@ -23,7 +23,8 @@ class AttentionConfig:
     where strides allow. `precision`: of the products of fp32 inputs. `split_cost`: see `tile_schedule.query_schedule`.
     `per_multiprocessor`: programs that fit a multiprocessor at once; the grid is that many per multiprocessor.
     `warp_specialize`: loading, products and softmax on warps of their own, where Triton can (tcgen05 of sm_100).
-    `bound`: percent of the tensor cores' peak by `pipe_model` if all pipes overlap; `aot --check` holds the row to it.
+    `bound`: percent of the tensor cores' peak by `pipe_model` if all pipes overlap, the least of triton 3.6 and 3.7;
+    `aot --check` holds the row to it.
     """
 
     arch: int
@@ -112,16 +113,16 @@ ATTENTION_DQ = (
         reason="model: serial 58 %; 64 x 64 93 and 48 %, by shared memory; 32 bytes of spills") for arch in (86, 89)),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=81,
         per_multiprocessor=2, reason=_NO_TMA + "model: limited by shared memory, and two blocks overlap"),
-    AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        bound=100, per_multiprocessor=2, reason="model: serial 59 %, and two blocks overlap; 128 registers"),
+    AttentionConfig(arch=90, head_dim=64, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
+        bound=100, reason="model: serial 60 %; two blocks of 64 keys fit with triton 3.7 alone"),
     AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, bound=97,
         reason=_NO_TMA + "model: serial 72 %; 32 keys 71 and 59 %, by shared memory; 104 bytes of spills"),
     AttentionConfig(arch=90, head_dim=128, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
         bound=100, reason="model: serial 72 %; 220 registers"),
     AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=4, num_stages=2, bound=40,
         reason=_NO_TMA + "model: limited by shared memory; 168 registers"),
-    AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=8, num_stages=2, descriptors=True,
-        bound=67, per_multiprocessor=2, reason="model: limited by shared memory, two blocks overlap; 125 registers"),
+    AttentionConfig(arch=100, head_dim=64, block_m=128, block_n=64, num_warps=4, num_stages=2, descriptors=True,
+        bound=67, per_multiprocessor=2, reason="model: limited by shared memory, and two blocks overlap"),
     AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=40,
         reason=_NO_TMA + "model: limited by shared memory; 128 queries spill 168 bytes"),
     AttentionConfig(arch=100, head_dim=128, block_m=128, block_n=128, num_warps=8, num_stages=2, descriptors=True,
@@ -145,19 +146,19 @@ ATTENTION_DKDV = (
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, bound=72,
         reason=_NO_TMA + "model: limited by shared memory; with 64 keys 8 warps compute products 1.5 times: 38 %"),
     AttentionConfig(arch=90, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        bound=86, reason="model: limited by shared memory; 189 registers"),
+        bound=72, reason="model: limited by shared memory; 86 % with triton 3.7"),
     AttentionConfig(arch=90, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, bound=88,
         reason=_NO_TMA + "model: with 64 keys 8 warps compute products 1.5 times: 43 %; 96 bytes of spills"),
     AttentionConfig(arch=90, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        bound=98, reason="model: serial 71 %; p and ds are register operands of wgmma"),
-    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=29,
-        reason=_NO_TMA + "model: limited by shared memory; 128 keys 40 %, with triton 3.6 22 %"),
+        bound=88, reason="model: 98 % with triton 3.7; p and ds are register operands of wgmma"),
+    AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=20,
+        reason=_NO_TMA + "model: 29 % with triton 3.7, by shared memory; 128 keys 40 and 22 %"),
     AttentionConfig(arch=100, head_dim=64, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        bound=42, reason="model: limited by shared memory; 182 registers"),
+        bound=22, reason="model: 42 % with triton 3.7, by shared memory"),
     AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=37,
         reason=_NO_TMA + "model: limited by shared memory; 128 keys spill 248 bytes"),
     AttentionConfig(arch=100, head_dim=128, block_m=64, block_n=128, num_warps=8, num_stages=2, descriptors=True,
-        bound=55, reason="model: limited by shared memory; 128 queries and 64 keys 43 %"),
+        bound=43, reason="model: 55 % with triton 3.7, by shared memory; 128 queries and 64 keys 43 %"),
     AttentionConfig(arch=120, head_dim=64, block_m=32, block_n=64, num_warps=4, num_stages=2, bound=100,
         reason="model: serial 57 %, and two blocks overlap; 8 warps compute products twice: 50 %"),
     AttentionConfig(arch=120, head_dim=128, block_m=64, block_n=64, num_warps=8, num_stages=2, bound=100,
