@@ -46,19 +46,19 @@ def extension_arguments() -> dict[str, Any]:
         )
     with_cuda = with_cuda and wish != "0"
 
-    # Py_LIMITED_API: the module uses nothing but module creation, so one build serves every Python.
-    flags = ["-O3", "-fvisibility=hidden", "-DPy_LIMITED_API=0x030A0000"]
+    # Stable ABIs, so that one build serves every Python (it uses nothing but module creation) and every torch.
+    macros = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020B000000000000")]
+    if with_cuda:
+        macros += [("ANYFLOW_WITH_CUDA", "1"), ("USE_CUDA", "1")]
+    flags = ["-O3", "-fvisibility=hidden"]
     if os.environ.get("ANYFLOW_NATIVE") == "1":
         flags.append("-march=native")
-    # at::parallel_for runs its threads from the header, so the extension itself needs OpenMP.
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name="anyflow_kernels._C",
         sources=PORTABLE_SOURCES + (CUDA_SOURCES if with_cuda else []),
         depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
-        define_macros=[("ANYFLOW_WITH_CUDA", "1")] if with_cuda else [],
-        extra_compile_args={"cxx": flags + openmp, "nvcc": ["-O3"]},
-        extra_link_args=openmp,
+        define_macros=macros,
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
         py_limited_api=True,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}

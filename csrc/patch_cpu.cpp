@@ -1,9 +1,6 @@
 // Packing and unpacking of patches on the CPU: a strip (one row of the token grid) at a time, strips spread over
 // threads.
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/TypeCast.h>
+#include <torch/csrc/stable/ops.h>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -19,12 +16,15 @@
 namespace anyflow {
 namespace {
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
 constexpr int64_t kGrainElements = 1 << 15;  // below this a second thread costs more than it saves
 
 #if defined(__x86_64__) && defined(__GNUC__)
 // The baseline instruction set converts fp16 one element at a time in software; F16C, asked for at run time, eight at
 // once.
-__attribute__((target("avx,f16c"))) int64_t convert_eights(const float* from, c10::Half* to, int64_t count) {
+__attribute__((target("avx,f16c"))) int64_t convert_eights(const float* from, Half* to, int64_t count) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
@@ -32,7 +32,7 @@ __attribute__((target("avx,f16c"))) int64_t convert_eights(const float* from, c1
   return i;
 }
 
-__attribute__((target("avx,f16c"))) int64_t convert_eights(const c10::Half* from, float* to, int64_t count) {
+__attribute__((target("avx,f16c"))) int64_t convert_eights(const Half* from, float* to, int64_t count) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
@@ -54,16 +54,16 @@ int64_t convert_eights(const From*, To*, int64_t) {
 template <typename To, typename From>
 void convert_line(const From* from, int64_t stride, To* to, int64_t count) {
   if (stride != 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = c10::convert<To>(from[i * stride]);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i * stride]);
     return;
   }
   int64_t done = 0;
-  if constexpr ((std::is_same_v<From, float> && std::is_same_v<To, c10::Half>) ||
-                (std::is_same_v<From, c10::Half> && std::is_same_v<To, float>)) {
+  if constexpr ((std::is_same_v<From, float> && std::is_same_v<To, Half>) ||
+                (std::is_same_v<From, Half> && std::is_same_v<To, float>)) {
     if (has_f16c()) done = convert_eights(from, to, count);
   }
   // The compiler vectorises this for fp32, bf16 and float64.
-  for (; done < count; ++done) to[done] = c10::convert<To>(from[done]);
+  for (; done < count; ++done) to[done] = static_cast<To>(from[done]);
 }
 
 // One latent line against the tokens of a strip: `Width` elements go to (or come from) each token. Width is a template
@@ -129,7 +129,7 @@ void for_each_line(const PatchGeometry& g, const Visit& visit) {
 template <typename Body>
 void for_each_strip(const PatchGeometry& g, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, g.strip_elements()));
-  at::parallel_for(0, g.strips(), grain, body);
+  torch::stable::parallel_for(0, g.strips(), grain, body);
 }
 
 template <typename Latent, typename Token>
@@ -175,21 +175,34 @@ void unpack(const Token* tokens, Latent* latents, const PatchGeometry& g) {
   });
 }
 
+// Calls visit with a null pointer to the element type of a tensor.
+template <typename Visit>
+void with_type_of(const Tensor& tensor, const Visit& visit) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return visit(static_cast<float*>(nullptr));
+    case ScalarType::BFloat16: return visit(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half: return visit(static_cast<Half*>(nullptr));
+    default: return visit(static_cast<double*>(nullptr));  // patch_ops.cpp lets no other through
+  }
+}
+
 }  // namespace
 
-void pack_cpu(const at::Tensor& latents, at::Tensor& tokens, const PatchGeometry& g) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, latents.scalar_type(), "pack_patches", [&] {
-    const auto* source = latents.const_data_ptr<scalar_t>();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tokens.scalar_type(), "pack_patches",
-                                    [&] { pack(source, tokens.mutable_data_ptr<scalar_t>(), g); });
+void pack_cpu(const Tensor& latents, Tensor& tokens, const PatchGeometry& g) {
+  with_type_of(latents, [&](auto* latent) {
+    with_type_of(tokens, [&](auto* token) {
+      pack(static_cast<const std::remove_pointer_t<decltype(latent)>*>(latents.const_data_ptr()),
+           static_cast<decltype(token)>(tokens.mutable_data_ptr()), g);
+    });
   });
 }
 
-void unpack_cpu(const at::Tensor& tokens, at::Tensor& latents, const PatchGeometry& g) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tokens.scalar_type(), "unpack_patches", [&] {
-    const auto* source = tokens.const_data_ptr<scalar_t>();
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, latents.scalar_type(), "unpack_patches",
-                                    [&] { unpack(source, latents.mutable_data_ptr<scalar_t>(), g); });
+void unpack_cpu(const Tensor& tokens, Tensor& latents, const PatchGeometry& g) {
+  with_type_of(tokens, [&](auto* token) {
+    with_type_of(latents, [&](auto* latent) {
+      unpack(static_cast<const std::remove_pointer_t<decltype(token)>*>(tokens.const_data_ptr()),
+             static_cast<decltype(latent)>(latents.mutable_data_ptr()), g);
+    });
   });
 }
 

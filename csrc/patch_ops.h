@@ -2,18 +2,21 @@
 // dtype.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include "patch_geometry.h"
 
 namespace anyflow {
 
-void pack_cpu(const at::Tensor& latents, at::Tensor& tokens, const PatchGeometry& g);
-void unpack_cpu(const at::Tensor& tokens, at::Tensor& latents, const PatchGeometry& g);
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void pack_cpu(const Tensor& latents, Tensor& tokens, const PatchGeometry& g);
+void unpack_cpu(const Tensor& tokens, Tensor& latents, const PatchGeometry& g);
 
 #ifdef ANYFLOW_WITH_CUDA
-void pack_cuda(const at::Tensor& latents, at::Tensor& tokens, const PatchGeometry& g);
-void unpack_cuda(const at::Tensor& tokens, at::Tensor& latents, const PatchGeometry& g);
+void pack_cuda(const Tensor& latents, Tensor& tokens, const PatchGeometry& g);
+void unpack_cuda(const Tensor& tokens, Tensor& latents, const PatchGeometry& g);
 #endif
 
 }  // namespace anyflow

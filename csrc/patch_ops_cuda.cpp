@@ -1,7 +1,6 @@
 // Between torch's tensors and the CUDA launchers: device, stream, element types.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include "patch_cuda.h"
 #include "patch_ops.h"
@@ -9,28 +8,33 @@
 namespace anyflow {
 namespace {
 
-Element element_of(const at::Tensor& tensor) {
+Element element_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return Element::f32;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    case at::kDouble: return Element::f64;
-    default: TORCH_CHECK(false, "got dtype ", tensor.scalar_type(), ", expected float32, bfloat16, float16 or float64");
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: return Element::f64;  // patch_ops.cpp lets no other through
   }
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
 }
 
 }  // namespace
 
-void pack_cuda(const at::Tensor& latents, at::Tensor& tokens, const PatchGeometry& g) {
-  const c10::cuda::CUDAGuard guard(latents.device());
-  C10_CUDA_CHECK(launch_pack(latents.const_data_ptr(), element_of(latents), tokens.mutable_data_ptr(),
-                             element_of(tokens), g, c10::cuda::getCurrentCUDAStream()));
+void pack_cuda(const Tensor& latents, Tensor& tokens, const PatchGeometry& g) {
+  const torch::stable::accelerator::DeviceGuard guard(latents.get_device_index());
+  STD_CUDA_CHECK(launch_pack(latents.const_data_ptr(), element_of(latents), tokens.mutable_data_ptr(),
+                             element_of(tokens), g, current_stream(latents)));
 }
 
-void unpack_cuda(const at::Tensor& tokens, at::Tensor& latents, const PatchGeometry& g) {
-  const c10::cuda::CUDAGuard guard(tokens.device());
-  C10_CUDA_CHECK(launch_unpack(tokens.const_data_ptr(), element_of(tokens), latents.mutable_data_ptr(),
-                               element_of(latents), g, c10::cuda::getCurrentCUDAStream()));
+void unpack_cuda(const Tensor& tokens, Tensor& latents, const PatchGeometry& g) {
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  STD_CUDA_CHECK(launch_unpack(tokens.const_data_ptr(), element_of(tokens), latents.mutable_data_ptr(),
+                               element_of(latents), g, current_stream(tokens)));
 }
 
 }  // namespace anyflow

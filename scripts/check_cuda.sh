@@ -29,14 +29,13 @@ for source in csrc/*.cu; do
     "$nvcc" -std=c++17 -O3 -Xcompiler -Wall --Werror all-warnings $defines $targets -c "$source" -o "$build/kernels.o"
     echo "$source: compiles for$names"
 done
-# The glue needs torch's headers alone; the stub stands in for the one header that only a CUDA build of torch generates.
-mkdir -p "$build/c10/cuda/impl"
-: >"$build/c10/cuda/impl/cuda_cmake_macros.h"
+# The glue needs headers of torch's stable ABI alone, which any build of torch has.
+stable="-DUSE_CUDA -DTORCH_TARGET_VERSION=0x020B000000000000"
 include=$("${1:-python3}" -c '
 from torch.utils.cpp_extension import include_paths
 print(*("-isystem " + path for path in include_paths()))')
 for source in csrc/*_cuda.cpp; do
     # shellcheck disable=SC2086
-    "$nvcc" -std=c++20 -Xcompiler -Wall -DANYFLOW_WITH_CUDA $include -isystem "$build" -c "$source" -o "$build/glue.o"
-    echo "$source: compiles against this torch"
+    "$nvcc" -std=c++20 -Xcompiler -Wall -DANYFLOW_WITH_CUDA $stable $include -c "$source" -o "$build/glue.o"
+    echo "$source: compiles against the stable ABI of this torch"
 done
