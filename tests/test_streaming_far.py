@@ -367,5 +367,5 @@ def test_model_is_loaded_from_a_directory(tmp_path):
 
 
 def test_missing_directory_is_named():
-    with pytest.raises(FileNotFoundError, match="no model directory"):
+    with pytest.raises(FileNotFoundError, match="no directory"):
         AnyFlowFARStreamConfig(path="/nowhere/at/all").setup()
