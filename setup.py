@@ -1,7 +1,10 @@
 """Builds the C++ extension `anyflow_kernels._C` with ninja through torch's machinery; metadata is in pyproject.toml.
 
+Where it cannot be built the package is installed without it and says so: patch embedding then runs in plain PyTorch.
+
 Environment:
-    ANYFLOW_NO_EXT=1   skip the extension (the patch operations then say how to build it)
+    ANYFLOW_EXT=1      insist on the extension: what keeps it from being built is an error
+    ANYFLOW_NO_EXT=1   skip it
     ANYFLOW_CUDA=0|1   leave the CUDA part out | insist on it; default: built where torch has CUDA and nvcc exists
     ANYFLOW_NATIVE=1   compile for this machine's processor (-march=native): the build then runs on no older one
     MAX_JOBS           parallel compile jobs
@@ -19,6 +22,24 @@ from setuptools import setup
 
 PORTABLE_SOURCES = ["csrc/patch_ops.cpp", "csrc/patch_cpu.cpp"]
 CUDA_SOURCES = ["csrc/patch_ops_cuda.cpp", "csrc/patch_cuda.cu"]
+INSISTS = any(os.environ.get(name) == "1" for name in ("ANYFLOW_EXT", "ANYFLOW_CUDA"))
+
+
+def without_extension(reason: object) -> dict[str, Any]:
+    """Arguments of `setup` for a package without the extension.
+
+    Raises:
+        SystemExit: the environment insists on it.
+    """
+    if INSISTS:
+        sys.exit(f"anyflow-kernels: the C++ extension cannot be built: {reason}")
+    print(
+        f"anyflow-kernels: WITHOUT its C++ extension: {reason}. Patch embedding and unpatchify will run in plain "
+        "PyTorch, with more passes over the latents. To have it: install torch and a C++ compiler, then pip install "
+        "--no-build-isolation; ANYFLOW_EXT=1 makes this an error",
+        file=sys.stderr,
+    )
+    return {}
 
 
 def extension_arguments() -> dict[str, Any]:
@@ -26,25 +47,27 @@ def extension_arguments() -> dict[str, Any]:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
-        sys.exit(
-            "anyflow-kernels: building the C++ extension needs torch in this environment. Install torch first and pass "
-            f"--no-build-isolation to pip, or set ANYFLOW_NO_EXT=1 to skip the extension ({error})"
-        )
+        return without_extension(f"no torch in the build environment ({error})")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        return without_extension(f"PyTorch's stable ABI needs torch 2.11, this is {torch.__version__}")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        sys.exit(
-            f"anyflow-kernels: no C++ compiler ({compiler!r} is not on PATH). Install one (Debian: apt install g++), "
-            "name it in CXX, or set ANYFLOW_NO_EXT=1 to skip the extension"
-        )
+        return without_extension(f"no C++ compiler ({compiler!r} is not on PATH; Debian: apt install g++)")
 
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None and bool(shutil.which(f"{CUDA_HOME}/bin/nvcc"))
     wish = os.environ.get("ANYFLOW_CUDA")
     if wish == "1" and not with_cuda:
-        sys.exit(
-            "anyflow-kernels: ANYFLOW_CUDA=1 needs a CUDA torch and nvcc: "
-            f"torch {torch.__version__}, CUDA_HOME={CUDA_HOME}"
+        return without_extension(
+            f"ANYFLOW_CUDA=1 needs a CUDA torch and nvcc: torch {torch.__version__}, CUDA_HOME={CUDA_HOME}"
         )
     with_cuda = with_cuda and wish != "0"
+
+    class OptionalBuild(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                without_extension(error)
 
     # Stable ABIs, so that one build serves every Python (it uses nothing but module creation) and every torch.
     macros = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020B000000000000")]
@@ -60,8 +83,9 @@ def extension_arguments() -> dict[str, Any]:
         define_macros=macros,
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
         py_limited_api=True,
+        optional=not INSISTS,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 
 
 setup(

@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["extension_available", "extension_obstacle", "patch_embed", "unpatchify"]
 
 _LOSS = "patch embedding and unpatchify run in plain PyTorch, with more passes over the latents"
-_CURE = "in the source tree, with torch and a C++ compiler: pip install -e . --no-build-isolation, ANYFLOW_NO_EXT unset"
+_CURE = "in the source tree, with torch, setuptools and a C++ compiler: pip install -e . --no-build-isolation"
 
 
 def extension_available() -> bool:

@@ -45,7 +45,8 @@ def _benches(directory: Path) -> dict[str, str]:
     """Name and first line of each module that can be run."""
     if not (directory / "common.py").is_file():
         raise UsageError(
-            "the benchmarks are not part of the installed package: clone the repository and run pip install -e . there"
+            "the benchmarks are not part of the installed package: clone the repository and, there, "
+            "pip install -e . --no-build-isolation"
         )
     found = {}
     for path in sorted(directory.glob("*.py")):
