@@ -23,6 +23,10 @@ from ..launch_configs.tuned import Key
 from .attention_tiles import LN2, LOG2E, constants, describable, describe, dot, load_rows, row_strides
 from .tile_schedule import END, FIRST_RANGE, HEAD, ITEM, RANGES, START, Schedule, key_schedule, query_schedule
 
+# Floats in a query's row of statistics, and where delta stands in it. Of a load with fewer elements than the block has
+# threads Triton 3.6 makes copies, sixteen in each thread; four floats a query are staged once. Two of them are unused.
+WIDTH, DELTA = tl.constexpr(4), tl.constexpr(2)
+
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _far_attention_delta_kernel(
@@ -31,7 +35,7 @@ def _far_attention_delta_kernel(
     heads, num_queries,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(lse in base 2, delta = rowsum(dout * out)) of ROWS queries of one head, beside each other."""
+    """lse in base 2 and delta = rowsum(dout * out) of ROWS queries of a head; behind the last (infinity, 0)."""
     i_b = tl.program_id(1) // heads
     i_h = tl.program_id(1) % heads
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -46,21 +50,21 @@ def _far_attention_delta_kernel(
     grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
     lse_row = lse_ptr + tl.program_id(1).to(tl.int64) * num_queries
     lse = tl.load(lse_row + rows, mask=rows < num_queries, other=float("inf"))
-    target = statistics_ptr + tl.program_id(1).to(tl.int64) * (2 * num_queries + 2) + 2 * rows
+    target = statistics_ptr + tl.program_id(1).to(tl.int64) * (WIDTH * (num_queries + 1)) + WIDTH * rows
     tl.store(target, lse * LOG2E, mask=rows <= num_queries)
-    tl.store(target + 1, tl.sum(out * grad, 1), mask=rows <= num_queries)
+    tl.store(target + DELTA, tl.sum(out * grad, 1), mask=rows <= num_queries)
 
 
 @triton.jit
 def _statistics(statistics_ptr, i_bh, first, end, num_queries, ROWS: tl.constexpr):
-    """Where lse in base 2 of ROWS queries stands, delta behind it.
+    """Rows of WIDTH floats of ROWS queries: the first is lse in base 2, that at DELTA is delta.
 
     From row `end` on it is the row behind the last one, of infinite lse, so that p is 0: masks instead would be a
     comparison and a selection for each column of scores that a thread holds.
     """
     rows = first + tl.arange(0, ROWS)
-    head = statistics_ptr + i_bh.to(tl.int64) * (2 * num_queries + 2)
-    return head + 2 * tl.where(rows < end, rows, num_queries)
+    head = statistics_ptr + i_bh.to(tl.int64) * (WIDTH * (num_queries + 1))
+    return head + WIDTH * tl.where(rows < end, rows, num_queries)
 
 
 @triton.jit
@@ -104,9 +108,8 @@ def _far_attention_dq_kernel(
         grad_tile = load_rows(
             grad, i_b, i_h, q_start, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
         )
-        pointers = _statistics(statistics_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
-        lse = tl.load(pointers)
-        delta = tl.load(pointers + 1)
+        row = _statistics(statistics_ptr, i_bh, q_start, q_end, num_queries, BLOCK_M)
+        lse, delta = tl.load(row), tl.load(row + DELTA)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for r in range(first_range, last_range):
             k_start = tl.load(ranges_ptr + 2 * r)
@@ -191,10 +194,12 @@ def _far_attention_dkdv_kernel(
             grad_tile = load_rows(
                 grad, i_b, i_h, m, q_end, g_strides, BLOCK_M, HEAD_DIM, BLOCK_D, not DESCRIPTORS, DESCRIPTORS
             )
-            pairs = (
-                _statistics(statistics_ptr, i_bh, m, q_end, num_queries, BLOCK_M)[:, None] + tl.arange(0, 2)[None, :]
-            )
-            lse, delta = tl.split(tl.load(pairs))
+            row = _statistics(statistics_ptr, i_bh, m, q_end, num_queries, BLOCK_M)
+            if DESCRIPTORS:
+                used, _ = tl.split(tl.load(row[:, None] + tl.arange(0, WIDTH)[None, :]).reshape(BLOCK_M, 2, 2))
+                lse, delta = tl.split(used)
+            else:  # both at once would spill
+                lse, delta = tl.load(row), tl.load(row + DELTA)
             dk, dv = _dkdv_step(dk, dv, k_tile, v_tile, q_tile, grad_tile, lse, delta, scale_log2, PRECISION)
     store_rows(dk_ptr, dk * scale, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr, dv, i_b, i_h, k_start, k_end, num_keys, heads, BLOCK_N, HEAD_DIM, BLOCK_D)
@@ -253,7 +258,7 @@ def launch_backward(
         return dq, dk.zero_(), dv.zero_()
     batch, num_queries, heads, head_dim = q.shape
     block_d = triton.next_power_of_2(max(head_dim, 16))
-    statistics = lse.new_empty(batch, heads, num_queries + 1, 2)
+    statistics = lse.new_empty(batch, heads, num_queries + 1, WIDTH.value)
     _far_attention_delta_kernel[(triton.cdiv(num_queries + 1, DELTA_ROWS), batch * heads)](
         out,
         grad,
