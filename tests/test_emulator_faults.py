@@ -196,7 +196,11 @@ GLUON_FAULTS = {
         "deadlock|race in shared memory",
     ),
     "no fence after the initialisation": ("    fence_async_shared()\n", "", "without a proxy fence since its init"),
-    "rows of the next run written": (", mask=written[:, None])", ")", "conflict in global memory|outside every tensor"),
+    "rows of the next run written": (
+        ", mask=(q_start + out_rows < q_end)[:, None])",
+        ")",
+        "conflict in global memory|outside every tensor",
+    ),
 }
 
 

@@ -160,6 +160,7 @@ class Machine:
             NVMMADistributedLayout=lambda *a: None,
             DotOperandLayout=lambda **k: None,
             SliceLayout=lambda *a: None,
+            BlockedLayout=lambda *a: None,
         )
         return {
             "gl": gl,

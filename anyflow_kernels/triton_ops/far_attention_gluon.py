@@ -6,6 +6,10 @@ exponentials overlap within a warpgroup and between the two. The schedule, the p
 those of `far_attention`. It does not run in the interpreter, and no GPU has run it yet: it is compiled in every check
 and serves only where `launch_configs.FORWARD_KERNELS` says so.
 
+Tried, emulated and dropped: mbarriers that make the two warpgroups take turns (FlashAttention-3's ping-pong) cost a
+fourth barrier a block and 8 bytes of spills for nothing that the pipe model sees; keys released together with values
+save none, for Triton puts a barrier before each arrival.
+
 Source: FlashAttention-3 (arXiv 2407.08608), sections 3.1 and 3.2.
 """
 
@@ -95,6 +99,8 @@ def _attend(
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=out_layout, k_width=2)
     row_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+    # 16 bytes a thread, the rows of a head whole: the product's own layout would store 4.
+    store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     keys = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, score_layout))
     no_scores = gl.zeros([ROWS, BLOCK_N], gl.float32, score_layout)
 
@@ -173,11 +179,14 @@ def _attend(
         rows = gl.arange(0, ROWS, layout=row_layout)
         columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, out_layout))
         if slot < 0:
-            written = q_start + rows < q_end
+            out_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, store_layout))
+            out_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, store_layout))
             token = (i_bh // heads).to(gl.int64) * num_queries + q_start
             out_tile = out_ptr + (token * heads + i_bh % heads) * HEAD_DIM
-            out_pointers = out_tile + (rows[:, None] * (heads * HEAD_DIM) + columns[None, :])
-            gl.store(out_pointers, acc.to(out_ptr.dtype.element_ty), mask=written[:, None])
+            out_pointers = out_tile + (out_rows[:, None] * (heads * HEAD_DIM) + out_columns[None, :])
+            out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), store_layout)
+            gl.store(out_pointers, out, mask=(q_start + out_rows < q_end)[:, None])
+            written = q_start + rows < q_end
             gl.store(lse_ptr + i_bh.to(gl.int64) * num_queries + q_start + rows, lse, mask=written)
         else:
             row = slot.to(gl.int64) * (2 * ROWS) + part * ROWS
