@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -37,6 +38,8 @@ def model_files(name: str | os.PathLike[str], patterns: Sequence[str] | None = N
     if not _HUB_ID.fullmatch(text) or text.startswith("."):
         raise FileNotFoundError(f"no directory {directory}, and {text!r} is no name on the hub (owner/name)")
     hub = optional("huggingface_hub", f"{text}, which is no directory here but may be a model on the hub,", "hub")
+    for part in ("constants", "errors"):  # attributes of the package only once somebody has imported them
+        importlib.import_module(f"huggingface_hub.{part}")
     wanted = None if patterns is None else [*patterns, _CARD]
     try:
         info = None if hub.constants.HF_HUB_OFFLINE else hub.HfApi().model_info(text, files_metadata=True)

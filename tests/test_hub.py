@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
-import huggingface_hub
+import huggingface_hub.errors
 
 from anyflow_runtime import AnyFlowFARTransformer3DModel, hub, open_model
 from anyflow_runtime.cli import main
@@ -126,3 +129,11 @@ def test_a_card_without_terms_says_nothing(tmp_path: Path) -> None:
     assert hub.licence(tmp_path) is None
     (tmp_path / "README.md").write_text("# A model\nlicense: not in a header\n")
     assert hub.licence(tmp_path) is None
+
+
+def test_in_a_process_that_imports_nothing_else(tmp_path: Path) -> None:
+    """The package's submodules are its attributes only once somebody has imported them, as diffusers does."""
+    program = "from anyflow_runtime.hub import model_files; model_files('someone/pixels')"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "FileNotFoundError: someone/pixels is no directory here, and cannot be had from the hub" in done.stderr

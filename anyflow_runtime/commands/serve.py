@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         if model.licence is not None:
             print(f"anyflow serve: the weights' licence is {model.licence}")
+        listener.listen()  # whoever follows the address at once waits for the server instead of being refused
         print(f"anyflow serve: http://{host}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
             app,
