@@ -9,11 +9,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 STAMP := $(VENV)/anyflow.stamp
 EXTENSION_SOURCES := $(wildcard csrc/*)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-EXTRAS := diffusers,lora,video,bench,serve,dev
+DEVELOPMENT := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard emulator tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions docs clean FORCE
+.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions wheel extras docs clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -65,23 +65,31 @@ aot-check: $(STAMP)
 versions: $(STAMP)
 	scripts/check_versions.sh $(PY) $(VERSIONS)
 
+# The wheel of dist/, audited and tried in an environment of its own.
+wheel: $(STAMP)
+	scripts/check_wheel.sh $(PY)
+
+# The package with no extra and with each one alone, in environments of their own: EXTRAS="core video" for some.
+extras: $(STAMP)
+	scripts/check_extras.sh $(PY) $(EXTRAS)
+
 # The site of docs/ into site/. Reads sources alone: it needs neither torch nor the extension.
 docs: | $(PY)
 	$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .versions build site *.egg-info anyflow_kernels/_C*.so
+	rm -rf $(VENV) .versions build dist site *.egg-info anyflow_kernels/_C*.so
 
 $(PY):
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer, as diffusers 0.42 does: make PYTHON=..." >&2; exit 1; }
 	@echo "making $(VENV) with $(PYTHON): the first time takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 
-# torch first: the extension is compiled against it (--no-build-isolation). A missing extension is built again.
+# torch first: the extension is compiled with its headers (--no-build-isolation). A missing extension is tried again.
 $(STAMP): $(if $(wildcard anyflow_kernels/_C*.so),,FORCE) \
 		pyproject.toml constraints.txt setup.py $(EXTENSION_SOURCES) | $(PY)
 	@echo "installing the pinned packages and building the extension"
 	@$(PIP) torch setuptools wheel ninja
-	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) --no-build-isolation --editable '.[$(DEVELOPMENT)]'
 	@touch $@
