@@ -13,7 +13,7 @@ DEVELOPMENT := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard emulator tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions wheel extras docs clean FORCE
+.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions wheel extras hub-kernels docs clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -72,6 +72,13 @@ wheel: $(STAMP)
 # The package with no extra and with each one alone, in environments of their own: EXTRAS="core video" for some.
 extras: $(STAMP)
 	scripts/check_extras.sh $(PY) $(EXTRAS)
+
+# The kernels as a hub kernel repository, and what its loader, from PyPI, says of it.
+hub-kernels: $(STAMP)
+	$(PY) scripts/hub_kernels.py build/hub-kernels
+	$(PIP) --target build/hub-loader --upgrade --no-deps kernels
+	PYTHONPATH=build/hub-loader HF_HUB_OFFLINE=1 $(PY) -c "from pathlib import Path; from kernels import get_local_kernel; \
+	  print(get_local_kernel(Path('build/hub-kernels'), backend='cpu').available_backends())"
 
 # The site of docs/ into site/. Reads sources alone: it needs neither torch nor the extension.
 docs: | $(PY)

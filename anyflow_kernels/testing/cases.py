@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_kernels import AttentionPlan, FarLayout, TimestepMLP
+from .. import AttentionPlan, FarLayout, TimestepMLP
 
 EPS = 1e-6
 

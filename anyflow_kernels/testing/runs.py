@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_kernels import Ops
-
+from .. import Ops
 from .budget import Judgement, judge, leaves, map_tensors
 from .cases import OperationCase, Random
 
