@@ -13,7 +13,7 @@ DEVELOPMENT := diffusers,lora,video,bench,serve,dev
 PUBLIC := anyflow_kernels anyflow_runtime
 CODE := $(PUBLIC) $(wildcard emulator tests bench scripts examples docs) setup.py
 
-.PHONY: demo drop-in test browser-test emulate emulate-quick check format cuda-check aot-check versions wheel extras hub-kernels docs clean FORCE
+.PHONY: demo drop-in test diffusers-tests browser-test emulate emulate-quick check format cuda-check aot-check versions wheel extras hub-kernels docs docs-table clean FORCE
 
 demo: $(STAMP)
 	$(PY) -m bench.demo
@@ -23,6 +23,11 @@ drop-in: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -n auto $(PYTEST_ARGS)
+
+# diffusers' own AnyFlow tests with our code in place; offline: ARGS='--source CHECKOUT'.
+diffusers-tests: $(STAMP)
+	$(PIP) parameterized requests-mock
+	$(PY) scripts/diffusers_tests.py $(ARGS)
 
 # The live view in a headless Chromium.
 browser-test: $(STAMP)

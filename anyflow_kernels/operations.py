@@ -125,7 +125,7 @@ class Ops:
         is `x + branch`.
 
         Args:
-            x, branch: (B, L, D), dense last dimension.
+            x, branch: (B, L, D), dense last dimension; under autocast branch may have another dtype.
             frame_map: runs `(frames, tokens_per_frame)` in token order, summing to L tokens and F frames.
             gate, shift, scale: (B, F, D) fp32, a row per frame; shift and scale come together.
             weight, bias: (D,), together.
@@ -141,6 +141,8 @@ class Ops:
         _expect(tokens == x.shape[1], "frame_map", frame_map, "runs of frames that sum to {} tokens", x.shape[1])
         if branch is not None:
             _expect(branch.shape == x.shape, "branch", tuple(branch.shape), tuple(x.shape))
+            if torch.is_autocast_enabled(x.device.type):  # a linear before it has rounded, x has not
+                branch = branch.to(x.dtype)
             _expect(branch.dtype == x.dtype, "branch.dtype", branch.dtype, "that of x, {}", x.dtype)
         _expect(gate is None or branch is not None, "gate", "a tensor without branch", "both or only branch")
         _expect((shift is None) == (scale is None), "shift, scale", "one of them", "both or none")

@@ -174,6 +174,8 @@ def _prefers_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     (both strict fp32; `bench/linear.py`). Lower precisions go to oneDNN anyway."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not _HAS_ONEDNN:
         return False
+    if torch.is_autocast_enabled("cpu"):  # which F.linear heeds
+        return False
     if torch.compiler.is_compiling():  # inductor only lowers the operation with a frozen weight
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))

@@ -222,3 +222,63 @@ def test_a_single_file_is_refused_in_words(tmp_path: Any) -> None:
 
     with pytest.raises(ValueError, match="FromOriginalModelMixin is currently only compatible with"):
         AnyFlowFARTransformer3DModel.from_single_file(str(tmp_path / "x.gguf"))
+
+
+@both_models
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_disk_offload(when: str, causal: bool, tmp_path: Any) -> None:
+    """`device_map` with blocks on disk: their weights are on no device until the hook of a linear reads them."""
+    import diffusers
+
+    pipe = make(causal)
+    want = run(pipe)
+    pipe.transformer.save_pretrained(tmp_path / "model")
+    kind = diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
+    places = {name: "cpu" for name, _ in pipe.transformer.named_children() if name != "blocks"}
+    places |= {"scale_shift_table": "cpu", "blocks.0": "cpu", "blocks.1": "disk"}
+    disk = str(tmp_path / "disk")
+    pipe.transformer = kind.from_pretrained(tmp_path / "model", device_map=places, offload_folder=disk)
+    if when == "after":
+        accelerate(pipe, match_diffusers_padding=True)
+    assert pipe.transformer.blocks[1].ffn.net[2].weight.is_meta
+    assert relative_error(run(accelerate(pipe, match_diffusers_padding=True)), want) < FP32_TOLERANCE
+
+
+@both_models
+def test_group_offload_to_disk(causal: bool, tmp_path: Any) -> None:
+    pipe = accelerate(make(causal), match_diffusers_padding=True)
+    want = run(pipe)
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(tmp_path)
+    )
+    assert list(tmp_path.glob("*.safetensors"))
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE  # q, k and v are three products then
+
+
+@both_models
+def test_autocast_is_no_less_exact_than_diffusers(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 weights under autocast to bf16: linears round, the residual stream, norms and softmax statistics do not."""
+    pipe = make(causal)
+    want = run(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = run(pipe)
+        ours = run(accelerate(pipe, match_diffusers_padding=True))
+    assert 1e-4 < relative_error(ours, want) < 2 * relative_error(theirs, want)
+    pipe.transformer.cuda_graphs = True
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)  # torch.autocast refuses an absent device
+    assert not pipe.transformer.captures(torch.device("cuda"))
+
+
+@both_models
+@pytest.mark.parametrize("cast", [False, True], ids=["fp32", "stored in fp16"])
+def test_training_under_autocast(cast: bool, causal: bool) -> None:
+    model = accelerate(make(causal)).transformer
+    if cast:
+        model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    times = torch.full((1, 3), 700.0)
+    arguments = (torch.randn(1, 3, 16, 4, 6), times, times / 2, torch.randn(1, 5, 16))
+    partition = {"chunk_partition": (1, 2)} if causal else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*arguments, **partition).sample.float().square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.blocks.parameters() if p.requires_grad)

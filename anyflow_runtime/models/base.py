@@ -101,11 +101,12 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
 
     def _captured_weights(self, device: torch.device) -> Hashable | None:
         """What stands for the weights in the key of a captured step; None where steps are not captured: off CUDA, with
-        collectives in the step, and where weights change or move within it (adapters, offload and cast hooks).
+        collectives in the step, and where weights change or move within it (autocast, adapters, hooks that offload or
+        cast).
         """
         if not self.cuda_graphs or device.type != "cuda" or self.parallel is not None:
             return None
-        if getattr(self, "peft_config", None):
+        if torch.is_autocast_enabled("cuda") or getattr(self, "peft_config", None):
             return None
         addresses = weight_addresses(self)
         return None if addresses is None else (addresses, self.dtype)

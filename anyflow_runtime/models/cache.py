@@ -125,6 +125,9 @@ class FarCache:
         self._prompts: list[PromptKeys] = []
         partition = layout.chunk_partition
         tokens = max(self._share(self.layout("inference", partition[: i + 1])) for i in range(len(partition)))
+        kind = torch.device(device).type
+        if torch.is_autocast_enabled(kind):  # the linears before give keys and values of that dtype
+            dtype = torch.get_autocast_dtype(kind)
         shape = (batch_size, tokens, parallel.heads_held(num_heads) if parallel else num_heads, head_dim)
         weights = None if model is None or immutable or parallel else model._captured_weights(torch.device(device))
         if model is None or weights is None:
