@@ -38,8 +38,8 @@ def accelerate(
         pipe: an `AnyFlowPipeline`, an `AnyFlowFARPipeline`, or one of their transformers (diffusers >= 0.42).
         match_diffusers_padding: reproduce the zero keys that diffusers' FAR inference adds to every softmax, for
             comparing with it number by number; off, the softmax is the correct one.
-        compile: True, or keywords of `torch.compile`, to compile each transformer block. Every block and every chunk
-            length is a graph of its own; past torch's recompilation limit blocks run uncompiled.
+        compile: True, or keywords of `torch.compile`, to compile each transformer block: once per kind of step, for all
+            layers and lengths.
         backend: see `anyflow_kernels.load_ops`.
         cuda_graphs: on CUDA, capture each denoising step and prefill at its second run and replay it from then on, in
             later rollouts too; the model keeps the memory of the latest rollout for it (`release_memory`).

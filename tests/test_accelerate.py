@@ -283,13 +283,44 @@ def test_rejects_what_it_cannot_accelerate() -> None:
         accelerate(torch.compile(make(causal=False).transformer))
 
 
-def test_compiled_blocks_give_the_same_video() -> None:
-    """`compile` must trace a block (no address arithmetic, no backend-only operation) and change nothing."""
+@pytest.mark.parametrize("causal", [True, False], ids=["far", "bidirectional"])
+def test_compiled_blocks_give_the_same_video(causal: bool) -> None:
+    """A block is a graph for each kind of step (chunks and prefills of one run of queries, of several), whatever the
+    layer, the length and the rollout; with `fullgraph` torch raises where it cannot trace or exceeds its limit."""
+    from torch._dynamo.testing import CompileCounter
+
+    graphs = []
+    for layers in (2, 4):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        pipe = tiny_pipeline(causal, heads=2, head_dim=16, layers=layers, text_dim=16, vae_dim=4)
+        want = run(accelerate(pipe))
+        accelerate(pipe, compile={"backend": counter, "fullgraph": True})
+        assert relative_error(run(pipe), want) < FP32_TOLERANCE
+        assert counter.op_count > 20 * counter.frame_count
+        graphs.append(counter.frame_count)
+        run(pipe, prompt="another prompt")
+        assert counter.frame_count == graphs[-1]  # nothing is compiled in a second rollout
+    longer = {"chunk_partition": [1, 2, 1, 1, 1]} if causal else {}
+    run(pipe, height=48, num_frames=21, **longer)  # five chunks of another size: within torch's limit of graphs
+    assert graphs == ([3, 3] if causal else [1, 1])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["far", "bidirectional"])
+def test_compile_repeated_blocks_after_accelerate(causal: bool) -> None:
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    pipe, counter = make(), CompileCounter()
-    want = run(accelerate(pipe, match_diffusers_padding=True))
-    accelerate(pipe, match_diffusers_padding=True, compile={"backend": counter})
-    assert relative_error(run(pipe), want) < FP32_TOLERANCE
-    assert counter.frame_count > 0 and counter.op_count > 20 * counter.frame_count
+    pipe, counter = make(causal), CompileCounter()
+    want = run(accelerate(pipe))
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE and 1 <= counter.frame_count <= 3
+    pipe.transformer.train()  # the training path: gradients through compiled blocks
+    times, partition = torch.full((1, 3), 700.0), {"chunk_partition": (1, 2)} if causal else {}
+    arguments = (torch.randn(1, 3, 16, 4, 6), times, times / 2, torch.randn(1, 5, 16))
+    gradients = []
+    for options in ({}, {"compile": {"backend": "aot_eager"}}):
+        accelerate(pipe, **options).transformer(*arguments, **partition).sample.square().mean().backward()
+        gradients.append(pipe.transformer.blocks[1].attn2.to_k.weight.grad.clone())
+        pipe.transformer.zero_grad()
+    assert relative_error(*gradients[::-1]) < FP32_TOLERANCE

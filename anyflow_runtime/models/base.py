@@ -157,9 +157,9 @@ class AnyFlowModel(CheckpointMixin, nn.Module):
         for layer, block in enumerate(self.blocks):
             last = keys_only and layer == len(self.blocks) - 1
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                pending = checkpoint(block, *pending, inputs, layer, last, use_reentrant=False)
+                pending = checkpoint(block.call, pending, inputs, layer, last, use_reentrant=False)
             else:
-                pending = block(*pending, inputs, layer, last)
+                pending = block.call(pending, inputs, layer, last)
         return pending
 
     def _head(self, pending: Pending, rt: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -7,7 +7,7 @@ Source: Wan2.1's DiT block; parameter names are those of diffusers' AnyFlow clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from anyflow_kernels import AttentionPlan, Ops
 from anyflow_kernels.operations import FrameMap
 
 from .layers import Attention, FeedForward
-from .parameters import apply_linear, fuse_storage, is_plain, onloaded, project
-from .prompt_keys import CrossAttentionKeys
+from .parameters import apply_linear, fuse_storage, in_place, is_plain, onloaded, project
+from .prompt_keys import CrossAttentionKeys, KeysOfOneBlock
 from .token_shards import HeldKeys, SharedAttention
 from .workspaces import Slabs
 
@@ -57,6 +57,12 @@ class BlockInputs:
     held: HeldKeys | None = None
     attention: SharedAttention | None = None
 
+    def of_block(self, layer: int, attn: Any) -> BlockInputs:
+        """What a block reads of this, at index 0; `attn` is its cross-attention. The block adds its own table."""
+        graded = torch.is_grad_enabled()  # then the block computes the prompt's keys, which a checkpoint may free
+        prompt = self.prompt if graded else KeysOfOneBlock(self.prompt, layer, attn, self.ops)
+        return replace(self, cache=self.cache and [self.cache[layer]], modulation=None, held=None, prompt=prompt)
+
 
 class AnyFlowTransformerBlock(nn.Module):
     """Self-attention, cross-attention to the prompt, feed-forward, each behind a modulated or affine LayerNorm."""
@@ -74,6 +80,24 @@ class AnyFlowTransformerBlock(nn.Module):
     attn1: Any
     attn2: Any
     ffn: Any
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`, for any length unless `dynamic` says otherwise: each chunk brings another one."""
+        super().compile(*args, **{"dynamic": True, **kwargs})
+
+    def call(self, pending: Pending, inputs: BlockInputs, layer: int, keys_only: bool) -> Pending:
+        """The block by its index; see `forward`. A compiled one is the same graph for every layer, given as the only
+        one, with something to add to x, and without the early end of `keys_only`.
+        """
+        if self._compiled_call_impl is None or not in_place(self) or inputs.attention is not None:
+            return self(*pending, inputs, layer, keys_only)
+        x, branch, gate = pending
+        if branch is None:
+            branch, gate = torch.zeros_like(x), torch.zeros_like(inputs.times).unbind(2)[-1]  # strided as others are
+        assert gate is not None
+        if not torch.is_grad_enabled():  # what a tensor is a view of would be another graph
+            x, branch, gate = x.detach(), branch.detach(), gate.detach()
+        return self(x, branch, gate, inputs.of_block(layer, self.attn2), 0)
 
     def fuse_projections(self) -> None:
         """Give q, k and v of the self-attention one storage."""

@@ -98,6 +98,22 @@ class PromptKeys:
         return k, v
 
 
+class KeysOfOneBlock:
+    """Keys and values for one block, computed outside it: a compiled block is one graph for all layers."""
+
+    def __init__(self, source: CrossAttentionKeys, layer: int, attn: Any, ops: Ops) -> None:
+        self._source = source
+        self._kept = source.keys_values(layer, attn, ops)
+
+    def tokens(self) -> Tensor:
+        """As `PromptKeys.tokens`."""
+        return self._source.tokens()
+
+    def keys_values(self, layer: int, attn: Any, ops: Ops) -> tuple[Tensor, Tensor]:
+        """As `PromptKeys.keys_values`."""
+        return self._kept
+
+
 class PromptBuffers:
     """Keys and values of the present prompt at addresses that stay, for captured steps to read.
 
