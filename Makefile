@@ -85,6 +85,10 @@ hub-kernels: $(STAMP)
 	PYTHONPATH=build/hub-loader HF_HUB_OFFLINE=1 $(PY) -c "from pathlib import Path; from kernels import get_local_kernel; \
 	  print(get_local_kernel(Path('build/hub-kernels'), backend='cpu').available_backends())"
 
+# What combines with accelerate, from tests/combinations.py into docs/drop_in.md.
+docs-table: $(STAMP)
+	$(PY) -m tests.combinations
+
 # The site of docs/ into site/. Reads sources alone: it needs neither torch nor the extension.
 docs: | $(PY)
 	$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
