@@ -156,6 +156,12 @@ ROWS = [
         ),
     ),
     Row(
+        "`pipe.transformer.compile()`",
+        "with a condition",
+        ["test_the_whole_transformer_compiles_in_pieces"],
+        "after `accelerate`; not with `fullgraph`: layouts are made in Python; compile the blocks instead",
+    ),
+    Row(
         "`torch.compile(pipe.transformer)` before `accelerate`",
         "not yet",
         ["test_rejects_what_it_cannot_accelerate"],

@@ -324,3 +324,12 @@ def test_compile_repeated_blocks_after_accelerate(causal: bool) -> None:
         gradients.append(pipe.transformer.blocks[1].attn2.to_k.weight.grad.clone())
         pipe.transformer.zero_grad()
     assert relative_error(*gradients[::-1]) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["far", "bidirectional"])
+def test_the_whole_transformer_compiles_in_pieces(causal: bool) -> None:
+    torch._dynamo.reset()
+    pipe = accelerate(make(causal))
+    want = run(pipe)
+    pipe.transformer.compile(backend="eager")
+    assert relative_error(run(pipe), want) < FP32_TOLERANCE
