@@ -93,7 +93,7 @@ def test_sources_that_cannot_be_are_named(models, tmp_path):
         open_model(tmp_path / "nowhere")
     with pytest.raises(TypeError, match="pipe: got int"):
         open_model(7)
-    with pytest.raises(ValueError, match="offload: got True with a loaded source"):
+    with pytest.raises(ValueError, match="offload: got it with a loaded source"):
         open_model(loaded(models, "far"), offload=True)
 
 
