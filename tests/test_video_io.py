@@ -198,6 +198,7 @@ def test_an_exception_keeps_what_was_written(tmp_path, suffix):
 
 
 WRITER_PROCESS = """
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 import sys, time, torch
 from anyflow_runtime.video_io import VideoWriter
 with VideoWriter(sys.argv[1], fps=8) as writer:
