@@ -60,6 +60,9 @@ class Launch:
     arguments: list[tuple[str, Any]]
 
 
+_DEVICES = itertools.count(1)
+
+
 class Driver:
     """Stands in for `triton.backends.nvidia.driver.CudaDriver`.
 
@@ -74,6 +77,7 @@ class Driver:
         self.arch, self.launch = arch, launch
         self.compiled: list[Compiled] = []  # in the order of their first launch
         self.utils = _Utils(arch)
+        self._device = next(_DEVICES)
 
     def activate(self) -> None:
         """Make it Triton's driver. The cubin stays empty: nothing here could run one."""
@@ -96,8 +100,8 @@ class Driver:
         return run
 
     def get_current_device(self) -> int:
-        """A number per architecture: the JIT keeps what it has compiled per device."""
-        return self.arch
+        """A number of its own: the JIT keeps what it has compiled, and who launches it, per device."""
+        return self._device
 
     def get_current_stream(self, device: int) -> int:
         return 0
