@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -87,7 +88,9 @@ def _announce(hub: Any, name: str, info: Any, wanted: Sequence[str] | None) -> N
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     size = f"{missing / 1e9:.1f} GB"
     if missing > free:
-        raise OSError(28, f"{name} takes {size}, and {cache} has {free / 1e9:.1f} GB free (HF_HOME names another disk)")
+        raise OSError(
+            errno.ENOSPC, f"{name} takes {size}, and {cache} has {free / 1e9:.1f} GB free (HF_HOME names another disk)"
+        )
     card = info.card_data
     terms = None if card is None else card.get("license_name") or card.get("license")
     print(

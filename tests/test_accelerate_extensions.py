@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers.hooks import group_offloading
-
 from anyflow_runtime import accelerate, restore
 from anyflow_runtime.models import AnyFlowModel
 
+from .group_offload import poison_offloaded
 from .parity import FP32_TOLERANCE, relative_error
 from .test_accelerate import make, run
 
@@ -28,34 +26,14 @@ both_models = pytest.mark.parametrize("causal", [True, False], ids=["far", "bidi
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Offloaded weights hold NaN until they are onloaded; the groups onloaded, in order."""
-    original: dict[int, torch.Tensor] = {}
-    order: list[str] = []
-
-    def tensors(group: Any) -> list[torch.Tensor]:
-        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
-
-    def offload(group: Any) -> None:
-        for p in tensors(group):
-            if id(p) not in original:
-                original[id(p)] = p.data.clone()
-            p.data = torch.full_like(p.data, torch.nan)
-
-    def onload(group: Any) -> None:
-        order.append(str(len(tensors(group))))
-        for p in tensors(group):
-            p.data = original[id(p)].clone()
-
-    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
-    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload)
-    yield order
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return poison_offloaded(monkeypatch)
 
 
 @both_models
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
-def test_group_offload(level: str, when: str, causal: bool, poisoned: list[str]) -> None:
+def test_group_offload(level: str, when: str, causal: bool, poisoned: list[int]) -> None:
     pipe = make(causal)
     want = run(pipe)
 
@@ -73,7 +51,7 @@ def test_group_offload(level: str, when: str, causal: bool, poisoned: list[str])
     assert relative_error(run(pipe), want) < FP32_TOLERANCE
 
 
-def test_prefill_brings_offloaded_weights(poisoned: list[str]) -> None:
+def test_prefill_brings_offloaded_weights(poisoned: list[int]) -> None:
     from anyflow_runtime import FarCache
 
     model = accelerate(make()).transformer

@@ -14,7 +14,6 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from diffusers import AnyFlowFARPipeline
-from diffusers.hooks import group_offloading
 
 from anyflow_runtime import accelerate, open_model
 from anyflow_runtime.cli import main
@@ -22,6 +21,7 @@ from anyflow_runtime.models import AnyFlowModel
 from anyflow_runtime.streaming import Change, stream, video_noise
 from bench.tiny_pipeline import tiny_pipeline
 
+from .group_offload import poison_offloaded
 from .parity import FP32_TOLERANCE, relative_error
 from .test_accelerate import lora_state
 
@@ -108,24 +108,7 @@ def test_a_file_that_is_no_lora_of_the_model_is_named(far: Path, tmp_path: Path,
 def test_group_offload_streams_the_blocks(far: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands for the GPU: weights that are away are NaN."""
     want = streamed(opened(far))
-    kept: dict[int, torch.Tensor] = {}
-    groups: list[int] = []
-
-    def tensors(group: Any) -> list[torch.Tensor]:
-        return [*(p for module in group.modules for p in module.parameters()), *group.parameters]
-
-    def offload(group: Any) -> None:
-        for p in tensors(group):
-            kept.setdefault(id(p), p.data.clone())
-            p.data = torch.full_like(p.data, torch.nan)
-
-    def onload(group: Any) -> None:
-        groups.append(id(group))
-        for p in tensors(group):
-            p.data = kept[id(p)].clone()
-
-    monkeypatch.setattr(group_offloading.ModuleGroup, "offload_", offload)
-    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", onload)
+    groups = poison_offloaded(monkeypatch)
     made = streamed(opened(far, offload="group"))
     torch.testing.assert_close(made, want)
     assert len(set(groups)) == 3  # two blocks, and the rest

@@ -175,3 +175,15 @@ def test_a_predict_flow_of_ones_own_is_used(models):
     pipeline.diffusion_model.transformer = mine = Mine(config, theirs.model, theirs.context_encoder)
     torch.testing.assert_close(video(pipeline), expected, rtol=1e-5, atol=1e-5)
     assert mine.calls == 2 * len(PARTITION)
+
+
+def test_after_the_only_chunk_a_change_ends_a_bidirectional_video(models):
+    """Nothing is left that it could change: the generator is at its end, as after the last chunk of a causal one."""
+    for name, chunks in (("bidirectional", 1), ("far", 2)):
+        pipeline = open_model(models / name, device="cpu", steps=1)
+        partition = (1, 1) if chunks == 2 else (2,)
+        made = stream(pipeline, "a cat", chunk_partition=partition, height=32, width=48, seed=0)
+        for _ in range(chunks):
+            next(made)
+        with pytest.raises(StopIteration):
+            made.send("a dog")

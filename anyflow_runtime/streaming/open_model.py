@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from anyflow_kernels import load_ops
 from ..acceleration import accelerate
 from ..config import derive_config
 from ..encoders.text import UMT5TextEncoder, UMT5TextEncoderConfig
-from ..hub import model_files
 from ..models import AnyFlowFARTransformer3DModel
 from ..models.base import AnyFlowModel
 from ..models.loading import read_config
@@ -183,7 +183,7 @@ def _loaded(
     place = torch.device("cpu") if offload else device
     stream: Any = config.diffusion_model.transformer
     bare = derive_config(stream, context_encoder=None)
-    quantised = "quantization_config" in read_config(model_files(stream.path) / stream.subfolder)
+    quantised = "quantization_config" in read_config(Path(stream.path) / stream.subfolder)
     if lora or quantised:
         causal = isinstance(stream, AnyFlowFARStreamConfig)
         model = diffusers_transformer(stream.path, causal, stream.dtype)

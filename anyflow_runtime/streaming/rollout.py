@@ -32,7 +32,8 @@ class Change:
         negative_prompt: likewise, with guidance.
         guidance_scale: above 1, and only in a rollout that began with guidance.
         steps: denoising steps per chunk.
-        lora: weights of the model's adapters by name; those that are not named are off. See `open_model`.
+        lora: weights of the model's adapters by name; those that are not named are off. See `open_model`. They are
+            the model's: a later video begins with them.
     """
 
     prompt: Prompt | None = None
@@ -118,8 +119,9 @@ class Video(Generator[Tensor, Any, None]):
             TypeError, ValueError: on a change that does not fit; the video can go on as if nothing had been sent.
             StopIteration: after the last chunk.
         """
-        if change is not None:
-            change = self._rollout.prepare(change, self._cache.num_finished + 1, self._cache)
+        following = getattr(self._cache, "num_finished", 0) + 1  # a bidirectional rollout has a single chunk
+        if change is not None and following != self._cache.num_chunks:
+            change = self._rollout.prepare(change, following, self._cache)
         return self._chunks.send(change)
 
     def throw(self, *error: Any) -> Tensor:
